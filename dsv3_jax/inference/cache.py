@@ -1,0 +1,25 @@
+"""The latent cache: for every layer and token the compressed key-value `c_kv` and the rotated key `k_r` (V3 sec. 2.1.1)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.mla import Latent
+
+
+class Cache(NamedTuple):
+    """Latents of the dense and of the MoE layers, `c_kv` [layers, B, S, kv_lora_rank] and `k_r` [layers, B, S, rope]."""
+
+    dense: Latent
+    moe: Latent
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> Cache:
+    """An empty cache with `length` slots a sequence."""
+
+    def latent(layers: int) -> Latent:
+        shape = (layers, batch, length)
+        return Latent(jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype))
+
+    return Cache(latent(config.num_dense_layers), latent(config.num_moe_layers))

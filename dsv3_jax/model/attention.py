@@ -1,0 +1,66 @@
+"""Causal attention at MLA widths, behind one function that a kernel can stand in for.
+
+Queries and keys are `qk_head_dim` wide, values `v_head_dim`. `reference` is plain JAX in float32 and
+works everywhere; `cudnn` is JAX's fused kernel for bf16 on NVIDIA GPUs, which wants equal widths, so the
+values are padded with zeros to the query width and the padding is cut off the output.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def resolve_implementation(impl: str, backend: str, dtype: str) -> str:
+    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once."""
+    if impl != "auto":
+        return impl
+    choice = "cudnn" if backend == "gpu" and dtype in ("bfloat16", "float16") else "reference"
+    _log.info("attention: impl=auto picked %s (backend %s, %s)", choice, backend, dtype)
+    return choice
+
+
+def attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "b t"] | None = None,
+    impl: str = "auto",
+) -> Float[Array, "b t h v"]:
+    """Causal softmax attention (V3 eq. 10). With `segment_ids`, a token sees only its own segment.
+
+    impl: auto | reference | cudnn. Raises NotImplementedError where cudnn cannot take the input.
+    """
+    chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name)
+    if chosen == "cudnn":
+        return _cudnn(q, k, v, scale, segment_ids)
+    t = q.shape[1]
+    mask = jnp.tril(jnp.ones((t, t), bool))[None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return masked_attention(q, k, v, scale, mask)
+
+
+def masked_attention(
+    q: Float[Array, "b t h k"], k: Float[Array, "b s h k"], v: Float[Array, "b s h v"], scale: float, mask: Bool[Array, "#b t s"]
+) -> Float[Array, "b t h v"]:
+    """Softmax attention where `mask` is True, scores and softmax in float32. Every query must see a key."""
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    probabilities = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshv->bthv", probabilities.astype(v.dtype), v)
+
+
+def _cudnn(q: Array, k: Array, v: Array, scale: float, segment_ids: Array | None) -> Array:
+    if segment_ids is not None:
+        raise NotImplementedError("cudnn attention has no document mask here; use precision.impl=reference or data.document_mask=False")
+    v_width = v.shape[-1]
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v_width)))
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    return out[..., :v_width]

@@ -1,0 +1,127 @@
+"""Multi-head latent attention (V3 sec. 2.1.1, eq. 1-11).
+
+Two forms of one function. The training form expands keys and values from the latent and attends as
+usual. The decode form never expands them: `W_UK` is absorbed into the query and `W_UV` applied after the
+softmax, so that attention runs over the cache itself, `kv_lora_rank + qk_rope_head_dim` numbers a token.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.attention import attention
+from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
+from dsv3_jax.precision.linear import linear
+
+# The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+class Latent(NamedTuple):
+    """What a token leaves in the cache."""
+
+    c_kv: Float[Array, "b s r"]  # normalised, kv_lora_rank wide
+    k_r: Float[Array, "b s p"]  # rotated, qk_rope_head_dim wide, shared by all heads
+
+
+def expanded_attention(
+    q_c: Float[Array, "b t h n"],
+    q_r: Float[Array, "b t h p"],
+    latent: Latent,
+    kv_b_proj: Float[Array, "r hnv"],
+    scale: float,
+    segment_ids: Int[Array, "b t"] | None,
+    impl: str,
+) -> Float[Array, "b t h v"]:
+    """Training form: keys `[c_kv W_UK ; k_r]` and values `c_kv W_UV` for every head (eq. 4-10)."""
+    keys_values = linear(latent.c_kv, kv_b_proj).reshape(*q_c.shape[:3], -1)
+    k_c, v = jnp.split(keys_values, [q_c.shape[-1]], axis=-1)
+    k_r = jnp.broadcast_to(latent.k_r[:, :, None], (*k_c.shape[:3], latent.k_r.shape[-1]))
+    q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
+    return attention(q, k, v, scale=scale, segment_ids=segment_ids, impl=impl)
+
+
+def absorbed_attention(
+    q_c: Float[Array, "b t h n"],
+    q_r: Float[Array, "b t h p"],
+    cache: Latent,
+    kv_b_proj: Float[Array, "r hnv"],
+    scale: float,
+    mask: Bool[Array, "b t s"],
+) -> Float[Array, "b t h v"]:
+    """Decode form: `softmax((q_c W_UK^T) c_kv + q_r k_r) c_kv W_UV` where `mask` is True (V2 2405.04434 sec. 2.1.2)."""
+    heads, nope = q_c.shape[-2:]
+    kv_up = kv_b_proj.astype(q_c.dtype).reshape(kv_b_proj.shape[0], heads, -1)
+    w_uk, w_uv = jnp.split(kv_up, [nope], axis=-1)
+    q_latent = jnp.einsum("bthn,rhn->bthr", q_c, w_uk)
+    scores = jnp.einsum("bthr,bsr->bhts", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("bthp,bsp->bhts", q_r, cache.k_r, preferred_element_type=jnp.float32)
+    probabilities = jax.nn.softmax(jnp.where(mask[:, None], scores * scale, -jnp.inf), axis=-1).astype(q_c.dtype)
+    o_latent = jnp.einsum("bhts,bsr->bthr", probabilities, cache.c_kv)
+    return jnp.einsum("bthr,rhv->bthv", o_latent, w_uv)
+
+
+def update_cache(cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> Latent:
+    """The cache with the entries of `new` written at `positions` of each sequence."""
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return Latent(*(old.at[rows, positions].set(fresh.astype(old.dtype)) for old, fresh in zip(cache, new, strict=True)))
+
+
+class MLA(nn.Module):
+    """Parameters of MLA; `__call__` is the training form, `decode` the absorbed form over a cache."""
+
+    config: ModelConfig
+    impl: str
+
+    def setup(self) -> None:
+        c = self.config
+        std, heads = c.initializer_range, c.num_attention_heads
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(heads * c.qk_head_dim, std)
+        else:
+            self.q_a_proj = Linear(c.q_lora_rank, std)
+            self.q_a_layernorm = RMSNorm(LATENT_NORM_EPS)
+            self.q_b_proj = Linear(heads * c.qk_head_dim, std)
+        self.kv_a_proj_with_mqa = Linear(c.kv_lora_rank + c.qk_rope_head_dim, std)
+        self.kv_a_layernorm = RMSNorm(LATENT_NORM_EPS)
+        up_shape = (c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.kv_b_proj = self.param("kv_b_proj", nn.initializers.normal(std), up_shape, jnp.float32)
+        self.o_proj = Linear(c.hidden_size, std)
+
+    def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
+        q_c, q_r = self._queries(x, positions)
+        latent = self._latent(x, positions)
+        out = expanded_attention(q_c, q_r, latent, self.kv_b_proj, softmax_scale(self.config), segment_ids, self.impl)
+        return self._project(checkpoint_name(out, "attention_out"))
+
+    def decode(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Latent, mask: Bool[Array, "b t s"]
+    ) -> tuple[Float[Array, "b t d"], Latent]:
+        """Writes the new tokens into the cache, then attends over it. `mask[b, t, s]`: may token t see cache slot s."""
+        q_c, q_r = self._queries(x, positions)
+        cache = update_cache(cache, self._latent(x, positions), positions)
+        out = absorbed_attention(q_c, q_r, cache, self.kv_b_proj, softmax_scale(self.config), mask)
+        return self._project(out), cache
+
+    def _queries(self, x: Array, positions: Array) -> tuple[Array, Array]:
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x), "q_latent")))
+        q = q.reshape(*x.shape[:2], c.num_attention_heads, c.qk_head_dim)
+        q_c, q_r = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
+        return q_c, rope(q_r, positions, c)
+
+    def _latent(self, x: Array, positions: Array) -> Latent:
+        compressed = checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent")
+        c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
+        return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])
+
+    def _project(self, out: Array) -> Array:
+        return self.o_proj(out.reshape(*out.shape[:2], -1))

@@ -1,0 +1,153 @@
+"""Dropless mixture of experts over rows sorted by expert (V3 sec. 2.1.2; DeepSeekMoE 2401.06066).
+
+Every (token, expert) pair becomes a row. Rows are sorted by expert and each expert's run is padded with
+zero rows to whole blocks, so that a block belongs to one expert: the shape of `grouped_linear` and of the
+Hopper kernels. There is no capacity: the buffer holds the worst case of any routing, empty and overfull
+experts included. Moving rows is a gather in both directions, so nothing depends on atomic addition.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import SwiGLU, swiglu
+from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
+from dsv3_jax.precision.linear import grouped_linear
+
+
+class BlockPlan(NamedTuple):
+    """Where each (token, choice) pair goes in the blocked buffer, and where each buffer row comes from."""
+
+    slot: Int[Array, "n k"]  # row of the flat buffer that holds the pair
+    pair: Int[Array, " rows"]  # pair (token * k + choice) of each row; n * k for padding
+    block_expert: Int[Array, " blocks"]
+
+
+class MoEOutput(NamedTuple):
+    """Output of a MoE layer and what balancing needs to see."""
+
+    y: Float[Array, "b t d"]
+    load: Float[Array, " e"]
+    balance_loss: Float[Array, ""]
+
+
+def block_rows(pairs: int, n_experts: int, backend: str) -> int:
+    """Rows of a block: about a quarter of an expert's mean run, a power of two, so that padding stays under 15 %.
+
+    A CPU gains nothing beyond 64 rows. A GPU wants larger tiles, which also gather fewer copies of the kernels.
+    """
+    largest = 64 if backend == "cpu" else 1024
+    rows = 1
+    while rows * 2 <= min(largest, pairs // (4 * n_experts)):
+        rows *= 2
+    return rows
+
+
+def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int) -> BlockPlan:
+    """Sorts the pairs by expert (stably) and lays each expert's run out from the start of a block."""
+    pairs = experts.size
+    blocks = min(pairs, (pairs + n_experts * (rows - 1)) // rows)
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    counts = jnp.bincount(flat, length=n_experts)
+    block_ends = jnp.cumsum(-(-counts // rows))
+    first_slot = (block_ends - (-(-counts // rows))) * rows
+    first_sorted = jnp.cumsum(counts) - counts
+    sorted_expert = flat[order]
+    slot_sorted = first_slot[sorted_expert] + jnp.arange(pairs) - first_sorted[sorted_expert]
+    slot = jnp.zeros(pairs, jnp.int32).at[order].set(slot_sorted.astype(jnp.int32), unique_indices=True)
+    pair = jnp.full(blocks * rows, pairs, jnp.int32).at[slot_sorted].set(order.astype(jnp.int32), unique_indices=True)
+    block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right").clip(0, n_experts - 1)
+    return BlockPlan(slot.reshape(experts.shape), pair, block_expert.astype(jnp.int32))
+
+
+@jax.custom_vjp
+def dispatch(x: Float[Array, "n d"], plan: BlockPlan) -> Float[Array, "rows d"]:
+    """Copies each token to the rows of its pairs; padding rows are zero. Its gradient is `combine`."""
+    n, k = plan.slot.shape
+    token = jnp.where(plan.pair < n * k, plan.pair // k, n)
+    return jnp.take(x, token, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def combine(y: Float[Array, "rows d"], plan: BlockPlan) -> Float[Array, "n d"]:
+    """Sums the rows of each token's pairs, in float32. Its gradient is `dispatch`."""
+    return y[plan.slot].astype(jnp.float32).sum(1).astype(y.dtype)
+
+
+dispatch.defvjp(lambda x, plan: (dispatch(x, plan), plan), lambda plan, dy: (combine(dy, plan), None))
+combine.defvjp(lambda y, plan: (combine(y, plan), plan), lambda plan, dy: (dispatch(dy, plan), None))
+
+
+def rows_of_gates(gates: Float[Array, "n k"], plan: BlockPlan) -> Float[Array, " rows"]:
+    """The gate of each buffer row, 0 for padding."""
+    return _rows_of_gates(gates, plan)
+
+
+@jax.custom_vjp
+def _rows_of_gates(gates: Array, plan: BlockPlan) -> Array:
+    return jnp.take(gates.reshape(-1), plan.pair, mode="fill", fill_value=0)
+
+
+_rows_of_gates.defvjp(lambda gates, plan: (_rows_of_gates(gates, plan), plan), lambda plan, d: (d[plan.slot], None))
+
+
+def expert_ffn(
+    x: Float[Array, "n d"],
+    routing: Routing,
+    gate_up: Float[Array, "e d 2 f"],
+    down: Float[Array, "e f d"],
+    rows: int,
+) -> Float[Array, "n d"]:
+    """Sum over each token's experts of `gate * down(silu(x W_gate) * (x W_up))`.
+
+    The gate multiplies the SwiGLU output instead of the result, which is the same sum: the gradient of the
+    gate then needs no copy of the down-projection's output, the largest activation of the layer.
+    """
+    e, d = gate_up.shape[:2]
+    plan = plan_blocks(routing.experts, e, rows)
+    blocks = dispatch(x, plan).reshape(-1, rows, d)
+    hidden = grouped_linear(blocks, gate_up.reshape(e, d, -1), plan.block_expert)
+    hidden = checkpoint_name(hidden, "swiglu_in")
+    gates = rows_of_gates(routing.gates, plan).reshape(-1, rows, 1)
+    activated = swiglu(hidden) * gates.astype(x.dtype)
+    return combine(grouped_linear(activated, down, plan.block_expert).reshape(-1, d), plan)
+
+
+class Experts(nn.Module):
+    """Parameters of the routed experts, stacked on a leading expert axis."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n d"], routing: Routing) -> Float[Array, "n d"]:
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        gate_up = self.param("gate_up_proj", normal, (c.n_routed_experts, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
+        down = self.param("down_proj", normal, (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size), jnp.float32)
+        rows = block_rows(routing.experts.size, c.n_routed_experts, jax.default_backend())
+        return expert_ffn(x, routing, gate_up, down, rows)
+
+
+class MoE(nn.Module):
+    """Shared experts plus routed experts; returns the output with the layer's load and balance loss."""
+
+    config: ModelConfig
+    balance: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], weights: Float[Array, "b t"]) -> MoEOutput:
+        c = self.config
+        flat = x.reshape(-1, c.hidden_size)
+        kernel = self.param("router", nn.initializers.normal(c.initializer_range), (c.hidden_size, c.n_routed_experts), jnp.float32)
+        routing = route(flat, kernel, bias, c)
+        y = Experts(c, name="experts")(flat, routing)
+        if c.n_shared_experts:
+            y = y + SwiGLU(c.n_shared_experts * c.moe_intermediate_size, c.initializer_range, name="shared_experts")(flat)
+        load = picked_counts(routing.experts, weights.reshape(-1), c.n_routed_experts)
+        return MoEOutput(y.reshape(x.shape), load, balance_loss(routing, weights, self.balance, c))

@@ -1,0 +1,105 @@
+"""Multi-token prediction (V3 sec. 2.2): D modules in sequence, each predicting one token further ahead.
+
+Module k sees, at position i, the hidden state of module k-1 and the embedding of token i+k, and predicts
+token i+k+1, so the causal chain is kept at every depth. Embedding and head are the main model's. The
+input of the first module is the main model's hidden state *after* the final norm, as in the public
+checkpoint; later modules receive the block output of the one before.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import Linear, RMSNorm
+from dsv3_jax.model.transformer import (
+    Block,
+    BlockOutput,
+    Execution,
+    Params,
+    RouterBias,
+    TokenContext,
+    dummy_inputs,
+    embed,
+    init_stack,
+    rematerialised,
+    segments,
+)
+
+
+class MTPOutput(NamedTuple):
+    """One prediction depth: states for the head, which of them have a target, load, balance loss."""
+
+    hidden: Float[Array, "b t d"]
+    targets: Int[Array, "b t"]
+    weights: Float[Array, "b t"]
+    load: Float[Array, " e"]
+    balance_loss: Float[Array, ""]
+
+
+class MTPModule(nn.Module):
+    """`Block(eh_proj [enorm(embedding); hnorm(hidden)])`, and the norm before the shared head (eq. 21-23)."""
+
+    config: ModelConfig
+    execution: Execution
+
+    def setup(self) -> None:
+        c = self.config
+        self.enorm = RMSNorm(c.rms_norm_eps)
+        self.hnorm = RMSNorm(c.rms_norm_eps)
+        self.eh_proj = Linear(c.hidden_size, c.initializer_range)
+        self.block = Block(c, self.execution, is_moe=True)
+        self.norm = RMSNorm(c.rms_norm_eps)
+
+    def __call__(
+        self, hidden: Float[Array, "b t d"], embedding: Float[Array, "b t d"], bias: Float[Array, " e"], context: TokenContext
+    ) -> tuple[BlockOutput, Float[Array, "b t d"]]:
+        """The block's output, which the next depth takes, and its normalised copy, which the head takes."""
+        joined = self.eh_proj(jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1))
+        out = self.block(joined, bias, context)
+        return out, self.norm(out.x)
+
+
+def init_mtp(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Parameters of the D modules, stacked."""
+    x, bias, context = dummy_inputs(config)
+    return init_stack(MTPModule(config, Execution()), config.num_nextn_predict_layers, key, x, x, bias, context)
+
+
+def target_weights(rows: Int[Array, "b row"], depth: int, eos_id: int | None) -> Float[Array, "b t"]:
+    """1 where position i of a row of T+1 tokens has the target i + depth + 1, in the same document when `eos_id` is given."""
+    t = rows.shape[1] - 1
+    inside = jnp.arange(t) + depth + 1 <= t
+    weights = jnp.broadcast_to(inside, (rows.shape[0], t))
+    document = segments(rows, eos_id)
+    if document is not None:
+        weights = weights & (document[:, :t] == shifted(document, depth + 1))
+    return weights.astype(jnp.float32)
+
+
+def shifted(rows: Int[Array, "b row"], by: int) -> Int[Array, "b t"]:
+    """Entry i + by at position i of T = row - 1 positions; past the end of the row the last entry repeats."""
+    t = rows.shape[1] - 1
+    return rows[:, jnp.minimum(jnp.arange(t) + by, t)]
+
+
+def predict_ahead(
+    params: Params, bias: RouterBias, hidden: Float[Array, "b t d"], rows: Int[Array, "b row"], config: ModelConfig, execution: Execution
+) -> list[MTPOutput]:
+    """Runs the modules over rows of T+1 tokens; `hidden` is the trunk's output for the first T of each."""
+    t = rows.shape[1] - 1
+    positions = jnp.broadcast_to(jnp.arange(t), (rows.shape[0], t))
+    segment_ids = segments(rows[:, :t], execution.document_eos)
+    module, outputs = MTPModule(config, execution), []
+    apply = rematerialised(lambda p, *args: module.apply({"params": p}, *args), execution.remat)
+    for k in range(1, config.num_nextn_predict_layers + 1):
+        module_params = jax.tree.map(lambda p, k=k: p[k - 1], params["mtp"])
+        weights = target_weights(rows, k, execution.document_eos)
+        context = TokenContext(positions, segment_ids, weights)
+        out, normed = apply(module_params, hidden, embed(params, shifted(rows, k), execution.dtype), bias.mtp[k - 1], context)
+        outputs.append(MTPOutput(normed, shifted(rows, k + 1), weights, out.load, out.balance_loss))
+        hidden = out.x
+    return outputs

@@ -1,0 +1,82 @@
+"""Routing of DeepSeekMoE: affinities, node-limited top-K, gates, and the balance losses (V3 sec. 2.1.2).
+
+The bias of auxiliary-loss-free balancing is state that the caller holds. It is added to the affinities
+for the choice alone: the gates come from the affinities themselves, and no gradient reaches it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """What the router decides for each of n tokens."""
+
+    experts: Int[Array, "n k"]
+    gates: Float[Array, "n k"]
+    affinities: Float[Array, "n e"]
+
+
+def route(x: Float[Array, "n d"], kernel: Float[Array, "d e"], bias: Float[Array, " e"], config: ModelConfig) -> Routing:
+    """Affinities in float32, biased choice of `num_experts_per_tok` experts, unbiased gates (eq. 12-16)."""
+    logits = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    affinities = jax.nn.sigmoid(logits) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    # Scores recomputed in the backward pass could round to another choice of experts, so the choice itself is kept.
+    experts = checkpoint_name(choose_experts(affinities + jax.lax.stop_gradient(bias), config), "routing")
+    gates = jnp.take_along_axis(affinities, experts, axis=-1)
+    if config.norm_topk_prob:
+        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+    return Routing(experts, gates * config.routed_scaling_factor, affinities)
+
+
+def choose_experts(scores: Float[Array, "n e"], config: ModelConfig) -> Int[Array, "n k"]:
+    """Top-K of the scores within the `topk_group` best groups; a group scores the sum of its K / M best (sec. 2.1.2).
+
+    Experts of other groups are masked with -inf, not 0: biased scores may be negative.
+    """
+    n, e = scores.shape
+    if config.n_group > 1 and config.topk_group < config.n_group:
+        grouped = scores.reshape(n, config.n_group, e // config.n_group)
+        best_in_group = min(max(config.num_experts_per_tok // config.topk_group, 1), grouped.shape[-1])
+        group_scores = jax.lax.top_k(grouped, best_in_group)[0].sum(-1)
+        _, groups = jax.lax.top_k(group_scores, config.topk_group)
+        allowed = (groups[:, :, None] == jnp.arange(config.n_group)).any(1)
+        scores = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(n, e)
+    return jax.lax.top_k(scores, config.num_experts_per_tok)[1]
+
+
+def picked_counts(experts: Int[Array, "*b n k"], weights: Float[Array, "*b n"], n_experts: int) -> Float[Array, "*b e"]:
+    """How many of the n tokens picked each expert; a token counts `weights` (1, or 0 for one that is not trained on)."""
+    picked = (experts[..., None] == jnp.arange(n_experts)).any(-2)
+    return (picked * weights[..., None]).sum(-2)
+
+
+def balance_loss(routing: Routing, weights: Float[Array, "b t"], strategy: str, config: ModelConfig) -> Float[Array, ""]:
+    """The balance term of one layer, before `aux_loss_alpha`; 1 when perfectly balanced.
+
+    loss_free, sequence_wise: per sequence, averaged (eq. 17-20). batch_wise: the same formula over all
+    tokens at once (sec. 4.5.3). auxiliary: the pure auxiliary loss of DeepSeek-V2 (2405.04434, eq. 23-28),
+    an expert-level term per sequence plus a device-level one over the expert groups.
+    """
+    e, k = config.n_routed_experts, config.num_experts_per_tok
+    shape = (1, -1) if strategy == "batch_wise" else weights.shape
+    w = weights.reshape(shape)
+    normalised = routing.affinities / routing.affinities.sum(-1, keepdims=True)
+    tokens = jnp.maximum(w.sum(-1, keepdims=True), 1.0)
+    frequency = picked_counts(routing.experts.reshape(*shape, k), w, e) * (e / k) / tokens
+    probability = jnp.einsum("bt,bte->be", w, normalised.reshape(*shape, e)) / tokens
+    loss = (frequency * probability).sum(-1).mean()
+    if strategy == "auxiliary" and config.n_group > 1:
+        groups = (frequency.shape[0], config.n_group, -1)
+        loss += (frequency.reshape(groups).mean(-1) * probability.reshape(groups).sum(-1)).sum(-1).mean()
+    return loss
+
+
+def update_bias(bias: Float[Array, "*l e"], load: Float[Array, "*l e"], speed: Float[Array, ""] | float) -> Float[Array, "*l e"]:
+    """Auxiliary-loss-free balancing (2408.15664, Algorithm 1): `bias + speed * sign(mean load - load)`, once per optimizer step."""
+    return bias + speed * jnp.sign(load.mean(-1, keepdims=True) - load)

@@ -1,0 +1,217 @@
+"""The main model: embedding, dense layers, MoE layers, final norm (V3 sec. 2.1).
+
+Layers of one kind share one Linen module, their parameters stacked on a leading axis: `vmap` of `init`
+makes them, `lax.scan` runs them, so compile time does not grow with depth. Parameters are one plain
+pytree, float32:
+
+    embed [V, D], dense {...}[layers], moe {...}[layers], norm, lm_head [D, V] (absent when tied), mtp {...}[depth]
+
+The router bias is a second pytree, `RouterBias`, because it is state and not a parameter.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
+from dsv3_jax.model.mla import MLA, Latent
+from dsv3_jax.model.moe import MoE
+
+Params = dict[str, Any]  # nested; leaves are arrays
+
+# Kept for the backward pass by remat="selective"; the rest, RMSNorms, MLA up-projections and SwiGLU
+# outputs above all, is computed again (V3 sec. 3.2.3).
+SAVED_NAMES = ("q_latent", "kv_latent", "attention_out", "attention_residual", "swiglu_in", "routing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How the model is run, as opposed to what it is."""
+
+    dtype: str = "float32"  # of activations
+    impl: str = "auto"  # of attention and products
+    remat: str = "none"
+    balance: str = "loss_free"
+    document_eos: int | None = None  # set: attention and losses stop at this token
+
+    @classmethod
+    def of(cls, config: Config, eos_id: int) -> "Execution":
+        """The execution that a run's configuration asks for."""
+        document_eos = eos_id if config.data.document_mask else None
+        return cls(config.train.compute_dtype, config.precision.impl, config.train.remat, config.train.balance, document_eos)
+
+
+class RouterBias(NamedTuple):
+    """Bias of every MoE router, main layers and MTP modules."""
+
+    moe: Float[Array, "layers e"]
+    mtp: Float[Array, "depth e"]
+
+
+class BlockOutput(NamedTuple):
+    """Output of a layer; load and balance loss are zeros for a dense layer."""
+
+    x: Float[Array, "b t d"]
+    load: Float[Array, " e"]
+    balance_loss: Float[Array, ""]
+
+
+class TokenContext(NamedTuple):
+    """What every layer needs to know of the tokens beside their hidden states."""
+
+    positions: Int[Array, "b t"]
+    segment_ids: Int[Array, "b t"] | None  # None: no document mask
+    weights: Float[Array, "b t"]  # 1 for tokens that count in load and balance loss
+
+
+class Block(nn.Module):
+    """One transformer layer: `x + MLA(norm(x))`, then `x + FFN(norm(x))` with a dense or a MoE FFN."""
+
+    config: ModelConfig
+    execution: Execution
+    is_moe: bool
+
+    def setup(self) -> None:
+        c = self.config
+        self.input_layernorm = RMSNorm(c.rms_norm_eps)
+        self.self_attn = MLA(c, self.execution.impl)
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
+        self.mlp = MoE(c, self.execution.balance) if self.is_moe else SwiGLU(c.intermediate_size, c.initializer_range)
+
+    def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], context: TokenContext) -> BlockOutput:
+        x = x + self.self_attn(self.input_layernorm(x), context.positions, context.segment_ids)
+        return self._feed_forward(checkpoint_name(x, "attention_residual"), bias, context.weights)
+
+    def decode(
+        self, x: Float[Array, "b t d"], bias: Float[Array, " e"], positions: Int[Array, "b t"], cache: Latent, mask: Bool[Array, "b t s"]
+    ) -> tuple[Float[Array, "b t d"], Latent]:
+        """The layer over a latent cache; see `MLA.decode`."""
+        attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask)
+        return self._feed_forward(x + attended, bias, jnp.ones(x.shape[:2])).x, cache
+
+    def _feed_forward(self, x: Array, bias: Array, weights: Array) -> BlockOutput:
+        normed = self.post_attention_layernorm(x)
+        if self.is_moe:
+            out = self.mlp(normed, bias, weights)
+            return BlockOutput(x + out.y, out.load, out.balance_loss)
+        return BlockOutput(x + self.mlp(normed), jnp.zeros(self.config.n_routed_experts), jnp.zeros(()))
+
+
+def init_stack(module: nn.Module, count: int, key: PRNGKeyArray, *args: Any) -> Params:
+    """Parameters of `count` modules of one kind, stacked on a leading axis."""
+    return jax.vmap(lambda k: module.init(k, *args)["params"])(jax.random.split(key, count))
+
+
+def dummy_inputs(config: ModelConfig) -> tuple[Array, Array, TokenContext]:
+    """Smallest arguments of a Block, for `init`."""
+    context = TokenContext(jnp.zeros((1, 1), jnp.int32), None, jnp.ones((1, 1)))
+    return jnp.zeros((1, 1, config.hidden_size)), jnp.zeros(config.n_routed_experts), context
+
+
+def init_trunk(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Parameters of the main model: normal with std `initializer_range`, norms at 1 (V3 sec. 4.2)."""
+    embed_key, dense_key, moe_key, head_key = jax.random.split(key, 4)
+    normal = nn.initializers.normal(config.initializer_range)
+    params: Params = {
+        "embed": normal(embed_key, (config.vocab_size, config.hidden_size), jnp.float32),
+        "norm": jnp.ones(config.hidden_size),
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = normal(head_key, (config.hidden_size, config.vocab_size), jnp.float32)
+    for name, count, layer_key in (("dense", config.num_dense_layers, dense_key), ("moe", config.num_moe_layers, moe_key)):
+        if count:
+            params[name] = init_stack(Block(config, Execution(), name == "moe"), count, layer_key, *dummy_inputs(config))
+    return params
+
+
+def init_router_bias(config: ModelConfig) -> RouterBias:
+    """Zero bias for every router."""
+    e = config.n_routed_experts
+    return RouterBias(jnp.zeros((config.num_moe_layers, e)), jnp.zeros((config.num_nextn_predict_layers, e)))
+
+
+def rematerialised(f: Callable, policy: str) -> Callable:
+    """`f`, with what its backward pass keeps set by the policy: none (everything), selective (SAVED_NAMES), full (inputs)."""
+    if policy == "none":
+        return f
+    saved = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if policy == "selective" else None
+    return jax.checkpoint(f, policy=saved, prevent_cse=False)
+
+
+def segments(tokens: Int[Array, "b t"], eos_id: int | None) -> Int[Array, "b t"] | None:
+    """Number of the document each token is in (its closing EOS belongs to it); None when documents are not kept apart."""
+    if eos_id is None:
+        return None
+    ends = (tokens == eos_id).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends
+
+
+def token_context(tokens: Int[Array, "b t"], execution: Execution) -> TokenContext:
+    """Positions 0..T-1, segments, and every token counted."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return TokenContext(positions, segments(tokens, execution.document_eos), jnp.ones(tokens.shape))
+
+
+def embed(params: Params, tokens: Int[Array, "b t"], dtype: str) -> Float[Array, "b t d"]:
+    """Rows of the embedding in the dtype of activations."""
+    return jnp.take(params["embed"], tokens, axis=0).astype(dtype)
+
+
+def head_kernel(params: Params) -> Float[Array, "d v"]:
+    """The output head, or the transposed embedding when they are tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed"].T
+
+
+def logits(params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+    """Scores of the next token in float32; `hidden` comes after the final norm."""
+    kernel = head_kernel(params).astype(hidden.dtype)
+    return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+class TrunkOutput(NamedTuple):
+    """Hidden states after the final norm, load of each MoE layer, sum of their balance losses."""
+
+    hidden: Float[Array, "b t d"]
+    load: Float[Array, "layers e"]
+    balance_loss: Float[Array, ""]
+
+
+def trunk(params: Params, bias: RouterBias, tokens: Int[Array, "b t"], config: ModelConfig, execution: Execution) -> TrunkOutput:
+    """Runs the main model over whole rows of tokens."""
+    x, context = embed(params, tokens, execution.dtype), token_context(tokens, execution)
+    if "dense" in params:
+        x, _ = scan_blocks(
+            params["dense"], jnp.zeros((config.num_dense_layers, config.n_routed_experts)), x, context, config, execution, False
+        )
+    load, balance_loss = jnp.zeros((0, config.n_routed_experts)), jnp.zeros(())
+    if "moe" in params:
+        x, (load, losses) = scan_blocks(params["moe"], bias.moe, x, context, config, execution, True)
+        balance_loss = losses.sum()
+    return TrunkOutput(rms_norm(x, params["norm"], config.rms_norm_eps), load, balance_loss)
+
+
+def scan_blocks(
+    stack: Params,
+    bias: Float[Array, "layers e"],
+    x: Float[Array, "b t d"],
+    context: TokenContext,
+    config: ModelConfig,
+    execution: Execution,
+    is_moe: bool,
+) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "layers e"], Float[Array, " layers"]]]:
+    """Runs a stack of layers of one kind; returns the output, and load and balance loss of each layer."""
+    block = Block(config, execution, is_moe)
+
+    def layer(x: Array, layer_params: Params, layer_bias: Array) -> tuple[Array, tuple[Array, Array]]:
+        out = block.apply({"params": layer_params}, x, layer_bias, context)
+        return out.x, (out.load, out.balance_loss)
+
+    layer = rematerialised(layer, execution.remat)
+    return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias))

@@ -1,0 +1,88 @@
+"""The training loop: from a configuration and an empty workdir to a trained model, and on from any interruption.
+
+Order within a step: dispatch the step, then report the one before it, so that the device never waits for
+the host. Before a checkpoint is written every step up to it has been reported, so the files of a resumed
+run read as if it had never stopped.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsv3_jax.config import Config
+from dsv3_jax.training.finish import finish_run
+from dsv3_jax.training.metrics import MetricsWriter
+from dsv3_jax.training.reporting import DivergedError, Reporter
+from dsv3_jax.training.trainer import Trainer
+from dsv3_jax.training.workdir import CHECKPOINT_DIR, SUMMARY_FILE
+
+
+def pretrain(config: Config, workdir: Path, command: str) -> int:
+    """Trains to `train.steps`, or says that it is done; returns the exit status. Raises ConfigError."""
+    with stop_signal() as stop:
+        trainer = Trainer(config, workdir)
+        try:
+            return _run(trainer, workdir, command, stop)
+        finally:
+            trainer.close()
+
+
+def _run(trainer: Trainer, workdir: Path, command: str, stop: "StopSignal") -> int:
+    steps = trainer.config.train.steps
+    if trainer.progress.step >= steps and (workdir / SUMMARY_FILE).exists():
+        print(f"{workdir} is done: {trainer.progress.step} steps. To go on, add --config.train.steps={2 * trainer.progress.step}")
+        return 0
+    try:
+        _train(trainer, stop)
+    except DivergedError as error:
+        trainer.save()
+        print(f"stopped: {error}. The last finite state is saved in {workdir / CHECKPOINT_DIR / str(trainer.progress.step)}")
+        return 1
+    if stop.received:
+        print(f"stopped by a signal after step {trainer.progress.step}, saved. The same command continues: {command}")
+        return 0
+    finish_run(trainer, command)
+    return 0
+
+
+def _train(trainer: Trainer, stop: "StopSignal") -> None:
+    train, every = trainer.config.train, trainer.config.checkpoint.every
+    if trainer.progress.step >= train.steps:
+        return
+    print("compiling the train step ...", flush=True)
+    trainer.compile()
+    with MetricsWriter(trainer.workdir, trainer.progress.step) as writer, Reporter(trainer, writer) as reporter:
+        while trainer.progress.step < train.steps and not stop.received:
+            reported = trainer.advance()
+            due = reported.step % train.eval_every == 0 or reported.step == train.steps
+            reporter.take(reported, trainer.evaluate if due else None)
+            if reported.step % every == 0:
+                reporter.flush()
+                trainer.save()
+                reporter.restart_clock()
+        reporter.flush()
+        trainer.save()
+
+
+class StopSignal:
+    """Whether SIGTERM or the first Ctrl-C has come."""
+
+    received = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        del frame
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+
+@contextmanager
+def stop_signal() -> Iterator[StopSignal]:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps."""
+    stop = StopSignal()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

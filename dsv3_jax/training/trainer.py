@@ -1,0 +1,147 @@
+"""The pieces of a run, put together from a configuration and a workdir: data, model, optimizer, steps, checkpoints."""
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import Config
+from dsv3_jax.model.transformer import Execution
+from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dsv3_jax.training.checkpoint import Checkpointer, abstract_like
+from dsv3_jax.training.corpus import open_corpus
+from dsv3_jax.training.data import TrainLoader, validation_rows
+from dsv3_jax.training.ema import HostEMA
+from dsv3_jax.training.evaluate import Evaluation, evaluate
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedule import StepPlan, plan_step
+from dsv3_jax.training.state import TrainState, create_state
+from dsv3_jax.training.step import Rates, StepMetrics, make_eval_step, make_train_step
+from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
+from dsv3_jax.training.workdir import CHECKPOINT_DIR, check_continues, write_config
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the run stands, on the host; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class Reported:
+    """A step that was dispatched and is yet to be reported."""
+
+    step: int
+    plan: StepPlan
+    metrics: StepMetrics
+
+
+class Trainer:
+    """The pieces of a run, put together once; `train` drives them."""
+
+    def __init__(self, config: Config, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.mesh = make_mesh(config.parallel.mesh)
+        self.corpus = open_corpus(config.data)
+        check_continues(workdir, config)
+        write_config(workdir, config)
+        self.tokenizer = load_or_train_tokenizer(workdir, config.data, config.model.vocab_size, self.corpus.train)
+        self.vocabulary = Vocabulary.from_tokenizer(self.tokenizer, config.data)
+        self.execution = Execution.of(config, self.vocabulary.eos_id)
+        rows = validation_rows(
+            self.corpus.valid, self.tokenizer, self.vocabulary, config.train.sequence_length, config.train.eval_sequences
+        )
+        self.eval_rows = rows
+        self.loader = TrainLoader(self.corpus.train, self.tokenizer, self.vocabulary, config.data, config.train.sequence_length)
+        self._build_steps()
+        self._restore_or_create()
+        self.compile_seconds = 0.0
+
+    def _build_steps(self) -> None:
+        config, shared = self.config, replicated(self.mesh)
+        self.optimizer = make_optimizer(config.optimizer)
+        self.rows_sharding = batch_sharding(self.mesh)
+        self.micro_batches = config.train.batch_size // config.train.micro_batch_size
+        step = make_train_step(config, self.execution, self.optimizer)
+        self.train_step: Any = jax.jit(step, donate_argnums=0, out_shardings=shared)
+        self.eval_step = jax.jit(make_eval_step(config, self.execution), out_shardings=shared)
+
+    def _restore_or_create(self) -> None:
+        config = self.config
+        create = lambda: create_state(config, self.optimizer)  # noqa: E731
+        abstract = abstract_like(jax.eval_shape(create), replicated(self.mesh))
+        self.checkpointer = Checkpointer(self.workdir / CHECKPOINT_DIR, config.checkpoint.keep)
+        has_ema = config.train.ema_decay > 0
+        restored = self.checkpointer.restore(abstract, abstract.params if has_ema else None)
+        self.progress = Progress()
+        if restored is None:
+            self.state: TrainState = jax.jit(create, out_shardings=replicated(self.mesh))()
+        else:
+            self.state, self.progress = restored.state, Progress(**restored.run["progress"])
+            self.loader.restore(restored.run["data"])
+            _log.info("continuing after step %d", self.progress.step)
+        self.ema = HostEMA(self.state.params, config.train.ema_decay) if has_ema else None
+        if self.ema and restored is not None:
+            self.ema.load(restored.ema)
+
+    def compile(self) -> None:
+        """Compiles both steps before the first one is timed."""
+        started = time.perf_counter()
+        train = self.config.train
+        row_shape = (train.micro_batch_size, train.sequence_length + 1)
+        rows = jax.ShapeDtypeStruct((self.micro_batches, *row_shape), np.int32, sharding=self.rows_sharding)
+        shared = replicated(self.mesh)
+        scalars = (np.zeros((), np.int32), Rates(*jnp.zeros(3)))
+        abstract = abstract_like((self.state, *scalars), shared)
+        self.train_step = self.train_step.lower(abstract[0], rows, *abstract[1:]).compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def next_rows(self, sequences: int) -> jax.Array:
+        """Rows of the next batch as [micro, b, T + 1]; micro-batches that the ramp does not use yet are zeros."""
+        micro = self.config.train.micro_batch_size
+        rows = np.zeros((self.micro_batches, micro, self.config.train.sequence_length + 1), np.int32)
+        used = sequences // micro
+        rows[:used] = self.loader.next_batch(sequences).reshape(used, micro, -1)
+        return jax.device_put(rows, self.rows_sharding)
+
+    def advance(self) -> Reported:
+        """Dispatches one step."""
+        plan = plan_step(self.progress.tokens, self.config)
+        micro = plan.batch_size // self.config.train.micro_batch_size
+        numbers = (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)
+        shared = replicated(self.mesh)
+        micro, *rates = jax.device_put((np.int32(micro), *map(np.float32, numbers)), shared)
+        self.state, metrics = self.train_step(self.state, self.next_rows(plan.batch_size), micro, Rates(*rates))
+        self.progress.step, self.progress.tokens = self.progress.step + 1, plan.tokens
+        if self.ema:
+            self.ema.submit(self.state.params)
+        return Reported(self.progress.step, plan, metrics)
+
+    def evaluate(self, use_ema: bool = False) -> Evaluation:
+        """The model as it stands, or its moving average, on the validation rows."""
+        params = self.ema.average() if use_ema and self.ema else self.state.params
+        place = lambda rows: jax.device_put(rows, replicated(self.mesh))  # noqa: E731
+        batch, lengths = self.config.train.micro_batch_size, self.vocabulary.byte_lengths
+        return evaluate(self.eval_step, params, self.state.router_bias, self.eval_rows, batch, lengths, place)
+
+    def save(self) -> None:
+        """Starts a checkpoint of this step."""
+        run = {"progress": dataclasses.asdict(self.progress), "data": self.loader.state()}
+        self.checkpointer.save(self.progress.step, self.state, self.ema.average() if self.ema else None, run)
+
+    def close(self) -> None:
+        """Waits for the last checkpoint and ends the worker threads."""
+        self.checkpointer.close()
+        self.loader.close()
+        if self.ema:
+            self.ema.close()

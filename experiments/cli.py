@@ -1,0 +1,107 @@
+"""The command line of every experiment: flags, help, and errors a person can act on.
+
+A wrong flag or configuration prints one line that names the field, its value and the remedy, and exits
+with status 2 before anything is written.
+"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import absl.logging
+from absl import app, flags
+from ml_collections import config_flags
+
+from dsv3_jax.config import Config, ConfigError, check_override, describe_fields, from_config_dict
+
+FLAGS = flags.FLAGS
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags, calls `main()`, and exits with what it returns; the `__main__` module's docstring heads `--help`."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
+    try:
+        app.run(lambda _: _quietly(main), flags_parser=_parse)
+    except (ConfigError, flags.Error) as error:
+        fail(str(error))
+
+
+def _quietly(main: Callable[[], int | None]) -> int:
+    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax and grain narrate every file at INFO
+    return main() or 0
+
+
+def fail(message: str) -> None:
+    """Prints one line and exits with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def define_config() -> flags.FlagHolder:
+    """The `--config` flag: a Python file with get_config(); `--config.a.b=c` overrides a field."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, e.g. configs/tiny.py; --config.SECTION.FIELD=VALUE overrides."
+    )
+
+
+def read_config(holder: flags.FlagHolder) -> Config:
+    """The frozen configuration. Raises ConfigError."""
+    return from_config_dict(holder.value)
+
+
+def command_line() -> str:
+    """The command that was run, to show to the user who wants to repeat it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = f"-m {spec.name}" if spec else sys.argv[0]
+    return f"uv run {name} {shlex.join(sys.argv[1:])}"
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    if any(arg in ("--help", "-h", "-help", "--helpshort", "--helpfull") for arg in argv[1:]):
+        print(_help())
+        sys.exit(0)
+    if "config" in FLAGS:
+        _check_config_arguments(argv[1:])
+    try:
+        rest = FLAGS(argv)
+    except (OSError, ImportError, SyntaxError, AttributeError, TypeError, KeyError) as error:
+        raise ConfigError("--config", _config_file(argv[1:]), f"cannot be read: {error}") from error
+    if len(rest) > 1:
+        raise ConfigError("argument", rest[1], "unexpected; options are written --name=value")
+    return rest
+
+
+def _config_file(arguments: Sequence[str]) -> str | None:
+    for i, arg in enumerate(arguments):
+        if arg.lstrip("-").startswith("config="):
+            return arg.split("=", 1)[1]
+        if arg.lstrip("-") == "config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return None
+
+
+def _check_config_arguments(arguments: Sequence[str]) -> None:
+    path = _config_file(arguments)
+    known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.py") if p.name != "__init__.py"))
+    if path is None:
+        raise ConfigError("--config", path, f"name a configuration file (here: {known})")
+    if not Path(path.split(":")[0]).is_file():
+        raise ConfigError("--config", path, f"no such file (here: {known})")
+    for i, arg in enumerate(arguments):
+        if arg.lstrip("-").startswith("config."):
+            field, equals, value = arg.lstrip("-").partition("=")
+            following = arguments[i + 1] if i + 1 < len(arguments) else ""
+            check_override(field.removeprefix("config."), value if equals else following)
+
+
+def _help() -> str:
+    main = sys.modules["__main__"]
+    parts = [(main.__doc__ or "").strip(), "\nflags:"]
+    for flag in FLAGS.get_flags_for_module(main) or ():
+        default = "" if flag.default in (None, "") else f" (default {flag.default_as_str})"
+        parts.append(f"  --{flag.name}: {flag.help}{default}")
+    if "config" in FLAGS:
+        parts += ["  --config: configuration file, e.g. configs/tiny.py", "\nfields, each set by --config.NAME=VALUE:", describe_fields()]
+    return "\n".join(parts)

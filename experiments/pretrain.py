@@ -1,0 +1,26 @@
+"""Pre-trains a model from text and leaves checkpoints, metrics and a report in a workdir.
+
+    uv run -m experiments.pretrain --config=configs/tiny.py --workdir=runs/tiny
+
+Runs until train.steps; the same command continues an interrupted run from its newest checkpoint.
+SIGTERM or Ctrl-C saves and ends the run. A larger --config.train.steps goes on from a finished one.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli
+
+CONFIG = cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it does not exist.", required=True)
+
+
+def main() -> int:
+    from dsv3_jax.training.loop import pretrain
+
+    return pretrain(cli.read_config(CONFIG), Path(WORKDIR.value), cli.command_line())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,9 @@
+"""Eight CPU devices for every test, and jaxtyping's shapes checked by beartype in all of the library."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["dsv3_jax", "pallas_kernels"], "beartype.beartype")

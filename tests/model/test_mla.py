@@ -1,0 +1,90 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import RopeScaling
+from dsv3_jax.model.attention import attention, resolve_implementation
+from dsv3_jax.model.layers import rope, rope_frequencies, softmax_scale
+from dsv3_jax.model.mla import MLA, Latent
+from tests.small import MODEL, model
+
+YARN = RopeScaling("yarn", 40.0, 16, 32.0, 1.0, 1.0, 1.0)
+
+
+def layer(config, seed=0):
+    mla = MLA(config, "reference")
+    x = jax.random.normal(jax.random.key(seed), (2, 9, config.hidden_size))
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    params = mla.init(jax.random.key(seed + 1), x, positions, None)
+    return mla, params, x, positions
+
+
+@pytest.mark.parametrize("config", [MODEL, model(q_lora_rank=None), model(rope_scaling=YARN), model(rope_interleave=False)])
+@pytest.mark.parametrize("chunks", [(9,), (1,) * 9, (4, 1, 3, 1)])
+def test_absorbed_decode_equals_expanded_training_form(config, chunks):
+    mla, params, x, positions = layer(config)
+    expected = mla.apply(params, x, positions, None)
+    cache = Latent(jnp.full((2, 12, config.kv_lora_rank), jnp.nan), jnp.full((2, 12, config.qk_rope_head_dim), jnp.nan))
+    cache = jax.tree.map(lambda a: jnp.nan_to_num(a, nan=1e3), cache)  # whatever unused slots hold must not matter
+    outputs, start = [], 0
+    for size in chunks:
+        at = positions[:, start : start + size]
+        mask = jnp.arange(12) <= at[:, :, None]
+        out, cache = mla.apply(params, x[:, start : start + size], at, cache, mask, method=MLA.decode)
+        outputs.append(out)
+        start += size
+    np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_depends_on_relative_positions_only():
+    mla, params, x, positions = layer(MODEL)
+    np.testing.assert_allclose(mla.apply(params, x, positions, None), mla.apply(params, x, positions + 7, None), rtol=1e-4, atol=1e-5)
+
+
+def test_segments_are_attended_apart():
+    mla, params, x, positions = layer(MODEL)
+    both = mla.apply(params, x, positions, jnp.broadcast_to(jnp.arange(9) // 5, (2, 9)))
+    np.testing.assert_allclose(both[:, 5:], mla.apply(params, x[:, 5:], positions[:, 5:], None), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both[:, :5], mla.apply(params, x[:, :5], positions[:, :5], None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_rope_turns_pairs_by_position(interleave):
+    config = model(rope_interleave=interleave)
+    x = jax.random.normal(jax.random.key(0), (1, 5, 3, 4))
+    turned = np.asarray(rope(x, jnp.arange(5)[None] * 3, config))
+    pairs = [(0, 1), (2, 3)] if interleave else [(0, 2), (1, 3)]
+    for i, (a, b) in enumerate(pairs):
+        rotation = np.exp(1j * np.arange(5) * 3 * 10000.0 ** (-i / 2))[:, None]
+        expected = (np.asarray(x[0, ..., a]) + 1j * np.asarray(x[0, ..., b])) * rotation
+        np.testing.assert_allclose(turned[0, ..., a] + 1j * turned[0, ..., b], expected, atol=1e-5)
+
+
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones():
+    config = model(qk_rope_head_dim=64, rope_scaling=RopeScaling("yarn", 40.0, 4096))
+    plain = rope_frequencies(model(qk_rope_head_dim=64))
+    ratio = rope_frequencies(config) / plain
+    turns = 4096 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 40], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 0.8], 1 / 40, rtol=1e-5)
+    assert (np.diff(ratio) <= 1e-7).all()
+    np.testing.assert_allclose(softmax_scale(config), (8 + 64) ** -0.5 * (0.1 * np.log(40) + 1) ** 2)
+
+
+def test_linear_scaling_stretches_every_position():
+    linear = model(rope_scaling=RopeScaling("linear", 4.0))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+    at = jnp.arange(6)[None]
+    np.testing.assert_allclose(rope(x, at * 4, linear), rope(x, at, MODEL), atol=1e-5)
+
+
+def test_attention_with_cudnn_names_what_it_cannot_do():
+    q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="document mask"):
+        attention(q, q, q, scale=1.0, segment_ids=jnp.zeros((1, 4), jnp.int32), impl="cudnn")
+
+
+@pytest.mark.parametrize(("backend", "dtype", "expected"), [("cpu", "bfloat16", "reference"), ("gpu", "float32", "reference"), ("gpu", "bfloat16", "cudnn")])
+def test_auto_picks_what_the_backend_can_run(backend, dtype, expected):
+    assert resolve_implementation("auto", backend, dtype) == expected
