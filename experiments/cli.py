@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -21,7 +20,6 @@ FLAGS = flags.FLAGS
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main()`, and exits with what it returns; the `__main__` module's docstring heads `--help`."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
     try:
         app.run(lambda _: _quietly(main), flags_parser=_parse)
     except (ConfigError, flags.Error) as error:
@@ -29,7 +27,9 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _quietly(main: Callable[[], int | None]) -> int:
-    absl.logging.set_verbosity(absl.logging.ERROR)  # orbax and grain narrate every file at INFO
+    # absl's own format is made for servers, and orbax narrates every file at INFO through its logger.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)
     return main() or 0
 
 

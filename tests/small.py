@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from dsv3_jax.model.loss import init_params
+from dsv3_jax.model.init import init_params
 from dsv3_jax.model.transformer import RouterBias
 
 MODEL = ModelConfig(

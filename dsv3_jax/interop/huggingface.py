@@ -16,8 +16,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dsv3_jax.config import ConfigError, ModelConfig, RopeScaling, default_config, from_config_dict
-from dsv3_jax.model.loss import init_params
-from dsv3_jax.model.transformer import Params, RouterBias, init_router_bias
+from dsv3_jax.model.init import init_router_bias, parameter_shapes
+from dsv3_jax.model.transformer import Params, RouterBias
 
 
 class CheckpointError(ValueError):
@@ -192,10 +192,10 @@ def params_from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> tu
     return tree["params"], RouterBias(**tree["bias"])
 
 
-@functools.cache  # tracing the initialisation takes a second
+@functools.cache  # tracing the modules takes a second
 def _abstract(config: ModelConfig) -> dict[str, Any]:
     bias = jax.eval_shape(lambda: init_router_bias(config))
-    return {"bias": bias._asdict(), "params": jax.eval_shape(lambda: init_params(config, jax.random.key(0)))}
+    return {"bias": bias._asdict(), "params": parameter_shapes(config)}
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.mtp import init_mtp, predict_ahead, target_weights
-from dsv3_jax.model.transformer import Execution, Params, RouterBias, head_kernel, init_trunk, trunk
+from dsv3_jax.model.mtp import predict_ahead, target_weights
+from dsv3_jax.model.transformer import Execution, Params, RouterBias, head_kernel, trunk
 
 # Logits held at once, in elements: 1 GiB of float32.
 LOGITS_PER_CHUNK = 2**28
@@ -29,15 +29,6 @@ class Losses(NamedTuple):
     mtp: list[HeadSums]
     balance_loss: Float[Array, ""]  # sum over layers, before aux_loss_alpha
     load: RouterBias  # tokens each expert received, laid out as the router bias
-
-
-def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Parameters of the main model and its MTP modules."""
-    trunk_key, mtp_key = jax.random.split(key)
-    params = init_trunk(config, trunk_key)
-    if config.num_nextn_predict_layers:
-        params["mtp"] = init_mtp(config, mtp_key)
-    return params
 
 
 @jax.custom_vjp

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
@@ -22,9 +22,7 @@ from dsv3_jax.model.transformer import (
     Params,
     RouterBias,
     TokenContext,
-    dummy_inputs,
     embed,
-    init_stack,
     rematerialised,
     segments,
 )
@@ -61,12 +59,6 @@ class MTPModule(nn.Module):
         joined = self.eh_proj(jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1))
         out = self.block(joined, bias, context)
         return out, self.norm(out.x)
-
-
-def init_mtp(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Parameters of the D modules, stacked."""
-    x, bias, context = dummy_inputs(config)
-    return init_stack(MTPModule(config, Execution()), config.num_nextn_predict_layers, key, x, x, bias, context)
 
 
 def target_weights(rows: Int[Array, "b row"], depth: int, eos_id: int | None) -> Float[Array, "b t"]:

@@ -1,8 +1,7 @@
 """The main model: embedding, dense layers, MoE layers, final norm (V3 sec. 2.1).
 
-Layers of one kind share one Linen module, their parameters stacked on a leading axis: `vmap` of `init`
-makes them, `lax.scan` runs them, so compile time does not grow with depth. Parameters are one plain
-pytree, float32:
+Layers of one kind share one Linen module, their parameters stacked on a leading axis: `lax.scan`
+runs them, so compile time does not grow with depth. Parameters are one plain pytree, float32:
 
     embed [V, D], dense {...}[layers], moe {...}[layers], norm, lm_head [D, V] (absent when tied), mtp {...}[depth]
 
@@ -17,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
@@ -102,39 +101,6 @@ class Block(nn.Module):
             out = self.mlp(normed, bias, weights)
             return BlockOutput(x + out.y, out.load, out.balance_loss)
         return BlockOutput(x + self.mlp(normed), jnp.zeros(self.config.n_routed_experts), jnp.zeros(()))
-
-
-def init_stack(module: nn.Module, count: int, key: PRNGKeyArray, *args: Any) -> Params:
-    """Parameters of `count` modules of one kind, stacked on a leading axis."""
-    return jax.vmap(lambda k: module.init(k, *args)["params"])(jax.random.split(key, count))
-
-
-def dummy_inputs(config: ModelConfig) -> tuple[Array, Array, TokenContext]:
-    """Smallest arguments of a Block, for `init`."""
-    context = TokenContext(jnp.zeros((1, 1), jnp.int32), None, jnp.ones((1, 1)))
-    return jnp.zeros((1, 1, config.hidden_size)), jnp.zeros(config.n_routed_experts), context
-
-
-def init_trunk(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Parameters of the main model: normal with std `initializer_range`, norms at 1 (V3 sec. 4.2)."""
-    embed_key, dense_key, moe_key, head_key = jax.random.split(key, 4)
-    normal = nn.initializers.normal(config.initializer_range)
-    params: Params = {
-        "embed": normal(embed_key, (config.vocab_size, config.hidden_size), jnp.float32),
-        "norm": jnp.ones(config.hidden_size),
-    }
-    if not config.tie_word_embeddings:
-        params["lm_head"] = normal(head_key, (config.hidden_size, config.vocab_size), jnp.float32)
-    for name, count, layer_key in (("dense", config.num_dense_layers, dense_key), ("moe", config.num_moe_layers, moe_key)):
-        if count:
-            params[name] = init_stack(Block(config, Execution(), name == "moe"), count, layer_key, *dummy_inputs(config))
-    return params
-
-
-def init_router_bias(config: ModelConfig) -> RouterBias:
-    """Zero bias for every router."""
-    e = config.n_routed_experts
-    return RouterBias(jnp.zeros((config.num_moe_layers, e)), jnp.zeros((config.num_nextn_predict_layers, e)))
 
 
 def rematerialised(f: Callable, policy: str) -> Callable:

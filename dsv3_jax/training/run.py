@@ -7,8 +7,8 @@ import jax
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.model.loss import init_params
-from dsv3_jax.model.transformer import Execution, Params, RouterBias, init_router_bias
+from dsv3_jax.model.init import init_router_bias, parameter_shapes
+from dsv3_jax.model.transformer import Execution, Params, RouterBias
 from dsv3_jax.parallel.mesh import make_mesh, replicated
 from dsv3_jax.training.checkpoint import abstract_like, newest_sound_step, restore_model
 from dsv3_jax.training.tokenizer import Vocabulary
@@ -38,7 +38,7 @@ def load_run(workdir: Path, ema: bool) -> Run:
         raise ConfigError("--workdir", str(workdir), "holds no checkpoint yet; let experiments.pretrain reach its first")
     tokenizer = Tokenizer.from_file(str(workdir / TOKENIZER_FILE))
     vocabulary = Vocabulary.from_tokenizer(tokenizer, config.data)
-    shapes = jax.eval_shape(lambda: (init_params(config.model, jax.random.key(0)), init_router_bias(config.model)))
+    shapes = (parameter_shapes(config.model), jax.eval_shape(lambda: init_router_bias(config.model)))
     abstract = abstract_like(shapes, replicated(make_mesh(config.parallel.mesh)))
     params, bias = restore_model(directory, step, abstract, ema)
     return Run(config, Execution.of(config, vocabulary.eos_id), tokenizer, vocabulary, params, bias, step)

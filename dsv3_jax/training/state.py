@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.loss import init_params
-from dsv3_jax.model.transformer import Params, RouterBias, init_router_bias
+from dsv3_jax.model.init import init_params, init_router_bias
+from dsv3_jax.model.transformer import Params, RouterBias
 
 
 class TrainState(NamedTuple):

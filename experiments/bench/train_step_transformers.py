@@ -80,7 +80,9 @@ def loss_function(model: DeepseekV3ForCausalLM, mtp: MtpModel | None, mtp_weight
     def loss(rows: torch.Tensor) -> torch.Tensor:
         hidden = model.model(rows[:, :-1]).last_hidden_state
         total = head_loss(hidden, rows[:, 1:])
-        for k in range(mtp.num_mtp_layers if mtp is not None else 0):
+        if mtp is None:
+            return total
+        for k in range(mtp.num_mtp_layers):
             hidden = hidden[:, : rows.shape[1] - 2 - k]  # the positions with a token to predict at this depth
             ahead, targets = rows[:, k + 1 : -1], rows[:, k + 2 :]
             hidden = mtp.forward_layer(k, hidden, torch.arange(hidden.shape[1])[None], None, input_ids=ahead)
@@ -96,6 +98,8 @@ def measure(config: dict[str, Any], setting: Setting, warmup: int, steps: int) -
     train, optim = config["train"], config["optimizer"]
     model = DeepseekV3ForCausalLM(peer_config(config["model"], setting)).train()
     mtp = MtpModel(model, config["model"]["num_nextn_predict_layers"]).train() if setting.mtp else None
+    if mtp is not None:
+        mtp.layers.apply(model._init_weights)  # on its own MtpModel leaves routers and experts without values: it is made to load them
     parameters = list(model.parameters()) + (list(mtp.layers.parameters()) if mtp is not None else [])
     optimizer = torch.optim.AdamW(
         parameters, lr=optim["peak_lr"], betas=(optim["beta1"], optim["beta2"]), eps=optim["eps"],
@@ -138,6 +142,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="try torch.compile as well")
     args = parser.parse_args()
     config = json.loads(args.config_json.read_text())
+    if missing := {"model", "train", "optimizer"} - set(config):
+        raise SystemExit(f"{args.config_json}: sections {', '.join(sorted(missing))} are missing; write dsv3_jax.config.to_dict(config)")
     torch.set_num_threads(args.threads)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {args.threads} threads")
     settings = [Setting(attention, experts) for attention, experts in itertools.product(ATTENTION, EXPERTS)]

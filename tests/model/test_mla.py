@@ -85,6 +85,8 @@ def test_attention_with_cudnn_names_what_it_cannot_do():
         attention(q, q, q, scale=1.0, segment_ids=jnp.zeros((1, 4), jnp.int32), impl="cudnn")
 
 
-@pytest.mark.parametrize(("backend", "dtype", "expected"), [("cpu", "bfloat16", "reference"), ("gpu", "float32", "reference"), ("gpu", "bfloat16", "cudnn")])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "expected"), [("cpu", "bfloat16", "reference"), ("gpu", "float32", "reference"), ("gpu", "bfloat16", "cudnn")]
+)
 def test_auto_picks_what_the_backend_can_run(backend, dtype, expected):
     assert resolve_implementation("auto", backend, dtype) == expected

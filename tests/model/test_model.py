@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 import dsv3_jax.model.loss as loss_module
-from dsv3_jax.model.loss import compute_losses, head_sums, mean_nll, objective, target_counts
+from dsv3_jax.model.init import init_router_bias, parameter_shapes
+from dsv3_jax.model.loss import compute_losses, head_sums, objective, target_counts
 from dsv3_jax.model.mtp import predict_ahead, shifted, target_weights
 from dsv3_jax.model.transformer import Execution, embed, logits, segments, trunk
 from tests.small import MODEL, model, parameters, rows
@@ -20,8 +21,9 @@ def test_no_gradient_flows_from_a_prediction_to_later_tokens():
         return logits(own, trunk(own, bias, jnp.arange(11)[None], MODEL, Execution()).hidden)[0, at].sum()
 
     table = params["embed"][tokens[0]]
+    slope = jax.jit(jax.grad(prediction))
     for at in (0, 4, 10):
-        gradient = np.abs(jax.grad(prediction)(table, at)).sum(-1)
+        gradient = np.abs(slope(table, at)).sum(-1)
         assert (gradient[: at + 1] > 0).all()
         assert (gradient[at + 1 :] == 0).all()
 
@@ -38,8 +40,9 @@ def test_mtp_at_depth_k_sees_k_tokens_ahead_and_no_more(depth):
         hidden = trunk(own, bias, positions[:, :-1], config, Execution()).hidden
         return predict_ahead(own, bias, hidden, positions, config, Execution())[depth - 1].hidden[0, at].sum()
 
+    slope = jax.jit(jax.grad(prediction))
     for at in (0, 5):
-        gradient = np.abs(jax.grad(prediction)(table, at)).sum(-1)
+        gradient = np.abs(slope(table, at)).sum(-1)
         assert (gradient[: at + depth + 1] > 0).all()
         assert (gradient[at + depth + 1 :] == 0).all()
 
@@ -69,8 +72,9 @@ def test_document_mask_makes_packed_documents_independent():
     params, bias = parameters(MODEL)
     execution = Execution(document_eos=0)
     first, second = jnp.array([[5, 6, 7, 0]]), jnp.array([[9, 3, 4, 2, 8]])
-    packed = trunk(params, bias, jnp.concatenate([first, second], 1), MODEL, execution).hidden
-    np.testing.assert_allclose(packed[:, 4:], trunk(params, bias, second, MODEL, Execution()).hidden, rtol=1e-3, atol=1e-4)
+    run = jax.jit(trunk, static_argnums=(3, 4))
+    packed = run(params, bias, jnp.concatenate([first, second], 1), MODEL, execution).hidden
+    np.testing.assert_allclose(packed[:, 4:], run(params, bias, second, MODEL, Execution()).hidden, rtol=1e-3, atol=1e-4)
 
 
 def gradients(config, execution, batch=None):
@@ -108,6 +112,7 @@ def test_gradient_agrees_with_finite_differences():
     params, bias = parameters(MODEL)
     batch = rows(MODEL, 2, 8)
 
+    @jax.jit
     def loss(p):
         return objective(compute_losses(p, bias, batch, MODEL, Execution()), jnp.array([16.0, 14.0]), 0.3, 0.0)
 
@@ -115,14 +120,14 @@ def test_gradient_agrees_with_finite_differences():
     # Routing is piecewise constant and the head is float32, so the step is small but not tiny.
     step = 1e-3 / np.sqrt(sum((d**2).sum() for d in jax.tree.leaves(direction)))
     ahead, behind = (loss(jax.tree.map(lambda p, d, s=s: p + s * step * d, params, direction)) for s in (1, -1))
-    grads = jax.grad(loss)(params)
+    grads = jax.jit(jax.grad(loss))(params)
     slope = sum((g * d).sum() for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
     np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=0.05)
 
 
 def test_load_counts_every_token_once():
     params, bias = parameters(MODEL)
-    load = compute_losses(params, bias, rows(MODEL, 3, 10), MODEL, Execution()).load
+    load = jax.jit(compute_losses, static_argnums=(3, 4))(params, bias, rows(MODEL, 3, 10), MODEL, Execution()).load
     np.testing.assert_array_equal(load.moe.sum(-1), [3 * 10 * 4] * 2)
     np.testing.assert_array_equal(load.mtp.sum(-1), [3 * 9 * 4])  # the last position has no second token
 
@@ -161,7 +166,7 @@ def test_every_shape_of_model_trains(changes):
     (value, losses), _ = gradients(config, Execution())
     assert np.isfinite(value)
     assert len(losses.mtp) == config.num_nextn_predict_layers
-    np.testing.assert_allclose(mean_nll(losses.main), np.log(48), atol=3.0)
+    np.testing.assert_allclose(losses.main.nll / losses.main.tokens, np.log(48), atol=3.0)
 
 
 def test_bf16_stays_close_to_float32():
@@ -174,18 +179,13 @@ def test_bf16_stays_close_to_float32():
 def test_program_does_not_grow_with_depth():
     def size(layers):
         config = model(num_hidden_layers=layers)
-        params, bias = jax.eval_shape(lambda: parameters_abstract(config))
+        params, bias = parameter_shapes(config), jax.eval_shape(lambda: init_router_bias(config))
         batch = jax.ShapeDtypeStruct((2, 9), jnp.int32)
-        return len(jax.jit(lambda p, b, r: compute_losses(p, b, r, config, Execution()).main.nll).lower(params, bias, batch).as_text().splitlines())
+        return len(
+            jax.jit(lambda p, b, r: compute_losses(p, b, r, config, Execution()).main.nll).lower(params, bias, batch).as_text().splitlines()
+        )
 
     assert size(3) == size(12)
-
-
-def parameters_abstract(config):
-    from dsv3_jax.model.loss import init_params
-    from dsv3_jax.model.transformer import init_router_bias
-
-    return init_params(config, jax.random.key(0)), init_router_bias(config)
 
 
 def test_embedding_is_cast_to_the_activation_dtype():

@@ -23,7 +23,12 @@ def random_layer(n, k, e, rng, skew):
     scores = rng.normal(size=(n, e)) + skew * np.arange(e)  # a large skew sends every token to the same experts
     experts = np.argsort(-scores, -1)[:, :k]
     x, gate_up, down = (rng.normal(size=s).astype(np.float32) for s in ((n, 6), (e, 6, 2, 5), (e, 5, 6)))
-    return jnp.asarray(x), Routing(jnp.asarray(experts), jnp.asarray(rng.uniform(size=(n, k)), jnp.float32), jnp.zeros((n, e))), gate_up, down
+    return (
+        jnp.asarray(x),
+        Routing(jnp.asarray(experts), jnp.asarray(rng.uniform(size=(n, k)), jnp.float32), jnp.zeros((n, e))),
+        gate_up,
+        down,
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 64])

@@ -20,7 +20,9 @@ def reference_choice(scores, n_group, topk_group, k):
 
 
 @pytest.mark.parametrize("offset", [0.0, -5.0])
-@pytest.mark.parametrize(("experts", "n_group", "topk_group", "k"), [(8, 4, 2, 4), (24, 6, 3, 6), (16, 4, 1, 3), (16, 1, 1, 5), (16, 4, 4, 4)])
+@pytest.mark.parametrize(
+    ("experts", "n_group", "topk_group", "k"), [(8, 4, 2, 4), (24, 6, 3, 6), (16, 4, 1, 3), (16, 1, 1, 5), (16, 4, 4, 4)]
+)
 def test_choice_is_the_node_limited_top_k(experts, n_group, topk_group, k, offset):
     # With all scores negative, masking with 0 in place of -inf would choose from the excluded groups.
     config = model(n_routed_experts=experts, n_group=n_group, topk_group=topk_group, num_experts_per_tok=k)

@@ -1,0 +1,56 @@
+"""A DeepSeek-V3 in proportion, 2.6B parameters and 0.7B activated, for one H200 (141 GB) at sequence 4096.
+
+uv run -m experiments.pretrain --config=configs/h200.py --workdir=runs/h200 --config.data.source='jsonl:corpus/*.jsonl#text'
+
+0.5B tokens in steps of 262 thousand. Without a source it reads Python's standard library, which is enough to
+measure speed and too little to learn from. By experiments.describe it holds about 65 GiB. Not run yet.
+"""
+
+from ml_collections import ConfigDict
+
+from dsv3_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    # Every dimension is a multiple of 128, so that FP8 tiles fit, but kv_lora_rank + qk_rope_head_dim = 576, V3's own.
+    config.model.update(
+        vocab_size=32768,
+        hidden_size=2048,
+        intermediate_size=5120,
+        moe_intermediate_size=512,
+        num_hidden_layers=12,
+        first_k_dense_replace=1,
+        num_attention_heads=32,
+        q_lora_rank=512,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=64,
+        num_experts_per_tok=8,
+        n_group=8,
+        topk_group=4,
+        max_position_embeddings=4096,
+    )
+    config.train.update(
+        steps=2000,
+        sequence_length=4096,
+        micro_batch_size=8,
+        batch_size=64,
+        batch_size_start=64,
+        ema_decay=0.0,  # an average of 2.9B parameters costs the host 11 GB, and much CPU time every step
+        eval_every=200,
+    )
+    # Phases of the schedules are shares of the run, so they follow --config.train.steps and the size of a step.
+    optimizer, train = config.optimizer, config.train
+    tokens = train.get_ref("steps").to_float() * train.get_ref("batch_size").to_float() * train.get_ref("sequence_length").to_float()
+    optimizer.update(peak_lr=4.2e-4, final_lr=4.2e-5, tail_lr=1.4e-5)
+    optimizer.warmup_tokens = tokens * 0.05
+    optimizer.constant_tokens = tokens * 0.67
+    optimizer.cosine_tokens = tokens * 0.29
+    optimizer.tail_tokens = tokens * 0.025
+    train.mtp_switch_tokens = tokens * 0.67
+    train.bias_update_tokens = tokens * 0.96
+    config.checkpoint.update(every=200, keep=2)
+    return config
