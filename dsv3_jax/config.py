@@ -8,6 +8,7 @@ and the remedy.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ class TrainConfig:
     batch_ramp_tokens: float = 0.0
     compute_dtype: str = "bfloat16"  # float32 | bfloat16
     remat: str = "selective"  # none | selective | full
-    balance: str = "loss_free"  # loss_free | auxiliary | sequence_wise | batch_wise
+    balance: str = "loss_free"  # loss_free | auxiliary | sequence_wise | batch_wise (over a micro-batch)
     bias_update_speed: float = 1e-3  # gamma, used by loss_free
     bias_update_tokens: float | None = None  # gamma is 0 after that many tokens; None: never
     mtp_loss_weight: float = 0.3  # lambda
@@ -144,9 +145,9 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Which implementation computes the matrix products and attention."""
+    """Which implementation computes attention."""
 
-    impl: str = "auto"  # auto | reference
+    impl: str = "auto"  # auto (cuDNN for bf16 on a GPU) | reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +246,8 @@ def _checked(hint: Any, value: Any, field: str) -> Any:
         return float(value)
     if type(value) is not expected:
         raise ConfigError(field, value, f"must be {expected.__name__}, not {type(value).__name__}")
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(field, value, "must be a finite number")
     return value
 
 
@@ -265,7 +268,7 @@ _POSITIVE = (
     "model.rope_scaling.factor", "model.n_group", "model.topk_group", "model.routed_scaling_factor",
     "train.steps", "train.sequence_length", "train.micro_batch_size",
     "train.batch_size", "train.batch_size_start", "train.eval_every", "train.eval_sequences", "train.max_skipped_steps",
-    "optimizer.peak_lr", "optimizer.clip_norm", "optimizer.eps", "data.num_shards", "checkpoint.every", "checkpoint.keep",
+    "data.held_out", "optimizer.peak_lr", "optimizer.clip_norm", "optimizer.eps", "data.num_shards", "checkpoint.every", "checkpoint.keep",
     "parallel.mesh.data",
 )  # fmt: skip
 _NOT_NEGATIVE = (

@@ -30,6 +30,7 @@ def _quietly(main: Callable[[], int | None]) -> int:
     # absl's own format is made for servers, and orbax narrates every file at INFO through its logger.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("jax").setLevel(logging.WARNING)
     return main() or 0
 
 

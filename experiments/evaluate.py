@@ -37,7 +37,8 @@ def main() -> int:
     train = run.config.train
     rows = validation_rows(documents, run.tokenizer, run.vocabulary, train.sequence_length, SEQUENCES.value)
     step = jax.jit(make_eval_step(run.config, run.execution))
-    result = evaluate(step, run.params, run.router_bias, rows, train.micro_batch_size, run.vocabulary.byte_lengths)
+    result = evaluate(step, run.params, run.router_bias, rows, train.micro_batch_size, run.vocabulary.byte_lengths,
+                      run.execution.document_eos)  # fmt: skip
     print(json.dumps({"step": run.step, **result._asdict()}, indent=2))
     return 0
 

@@ -75,15 +75,13 @@ def _rope_amplitude(config: ModelConfig) -> float:
 def rope(x: Float[Array, "b t h r"], positions: Int[Array, "b t"], config: ModelConfig) -> Float[Array, "b t h r"]:
     """Rotates channel pairs by position: (2i, 2i+1) when `rope_interleave`, else (i, i + r/2). Float32 inside."""
     angles = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config)
-    cos, sin = jnp.cos(angles) * _rope_amplitude(config), jnp.sin(angles) * _rope_amplitude(config)
-    x32 = x.astype(jnp.float32)
-    if config.rope_interleave:
-        first, second = x32[..., 0::2], x32[..., 1::2]
-        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
-    else:
-        first, second = jnp.split(x32, 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    pairs, axis = ((-1, 2), -1) if config.rope_interleave else ((2, -1), -2)
+    cos, sin = (jnp.expand_dims(f(angles) * _rope_amplitude(config), axis) for f in (jnp.cos, jnp.sin))
+    paired = x.astype(jnp.float32).reshape(*x.shape[:-1], *pairs)
+    # (a, b) turns to (a cos - b sin, b cos + a sin): the pair, and the pair flipped with its first sign changed.
+    sign = jnp.expand_dims(jnp.array([-1.0, 1.0]), -1 if axis == -2 else 0)
+    turned = paired * cos + jnp.flip(paired, axis) * (sin * sign)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

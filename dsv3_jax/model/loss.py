@@ -15,7 +15,7 @@ LOGITS_PER_CHUNK = 2**28
 
 
 class HeadSums(NamedTuple):
-    """Sums over the tokens that count: negative log-likelihood in nats, argmax hits, tokens."""
+    """Sums over the tokens that count: negative log-likelihood in nats, targets with the highest score, tokens."""
 
     nll: Float[Array, ""]
     correct: Float[Array, ""]
@@ -83,12 +83,14 @@ def _over_chunks(hidden: Array, kernel: Array, targets: Array, weights: Array, w
 
 def _chunk_loss(scores: Array, targets: Array, weights: Array) -> tuple[HeadSums, Array]:
     """Sums of one chunk, and the gradient of its nll with respect to the scores."""
-    log_z = jax.nn.logsumexp(scores, axis=-1)
-    nll = log_z - jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
-    hits = jnp.argmax(scores, axis=-1) == targets
-    sums = HeadSums(jnp.sum(nll * weights), jnp.sum(hits * weights), jnp.sum(weights))
+    best = scores.max(-1)
+    exponentials = jnp.exp(scores - best[:, None])
+    z = exponentials.sum(-1)
+    target_score = jnp.take_along_axis(scores, targets[:, None], axis=-1)[:, 0]
+    nll = best + jnp.log(z) - target_score
+    sums = HeadSums(jnp.sum(nll * weights), jnp.sum((target_score == best) * weights), jnp.sum(weights))
     is_target = targets[:, None] == jnp.arange(scores.shape[-1])
-    return sums, (jnp.exp(scores - log_z[:, None]) - is_target) * weights[:, None]
+    return sums, exponentials * (weights / z)[:, None] - is_target * weights[:, None]
 
 
 def compute_losses(params: Params, bias: RouterBias, rows: Int[Array, "b row"], config: ModelConfig, execution: Execution) -> Losses:

@@ -37,7 +37,7 @@ class MoEOutput(NamedTuple):
 
 
 def block_rows(pairs: int, n_experts: int, backend: str) -> int:
-    """Rows of a block: about a quarter of an expert's mean run, a power of two, so that padding stays under 15 %.
+    """Rows of a block: about a quarter of an expert's mean run, a power of two, so that padding stays under a quarter.
 
     A CPU gains nothing beyond 64 rows. A GPU wants larger tiles, which also gather fewer copies of the kernels.
     """

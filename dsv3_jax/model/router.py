@@ -26,7 +26,7 @@ def route(x: Float[Array, "n d"], kernel: Float[Array, "d e"], bias: Float[Array
     """Affinities in float32, biased choice of `num_experts_per_tok` experts, unbiased gates (eq. 12-16)."""
     logits = jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
     affinities = jax.nn.sigmoid(logits) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    # Scores recomputed in the backward pass could round to another choice of experts, so the choice itself is kept.
+    # Scores recomputed in the backward pass could round to another choice of experts, so remat="selective" keeps the choice.
     experts = checkpoint_name(choose_experts(affinities + jax.lax.stop_gradient(bias), config), "routing")
     gates = jnp.take_along_axis(affinities, experts, axis=-1)
     if config.norm_topk_prob:
@@ -57,10 +57,10 @@ def picked_counts(experts: Int[Array, "*b n k"], weights: Float[Array, "*b n"], 
 
 
 def balance_loss(routing: Routing, weights: Float[Array, "b t"], strategy: str, config: ModelConfig) -> Float[Array, ""]:
-    """The balance term of one layer, before `aux_loss_alpha`; 1 when perfectly balanced.
+    """The balance term of one layer, before `aux_loss_alpha`; each of its sums is 1 when perfectly balanced.
 
     loss_free, sequence_wise: per sequence, averaged (eq. 17-20). batch_wise: the same formula over all
-    tokens at once (sec. 4.5.3). auxiliary: the pure auxiliary loss of DeepSeek-V2 (2405.04434, eq. 23-28),
+    tokens of the micro-batch at once (sec. 4.5.3). auxiliary: the pure auxiliary loss of DeepSeek-V2 (2405.04434, eq. 23-28),
     an expert-level term per sequence plus a device-level one over the expert groups.
     """
     e, k = config.n_routed_experts, config.num_experts_per_tok

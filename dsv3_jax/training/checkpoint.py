@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from dsv3_jax.config import ConfigError
 from dsv3_jax.training.metrics import write_json
 from dsv3_jax.training.state import TrainState
 
@@ -46,6 +47,7 @@ class Checkpointer:
             if sound is None or step > sound:
                 self._set_aside(step, f"differs from what was written: {', '.join(damaged_files(self._directory, step)[:3])}")
         self._manager = self._open()
+        self._refuse_if_all_damaged()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
@@ -58,8 +60,17 @@ class Checkpointer:
         target.parent.mkdir(exist_ok=True)
         (self._directory / str(step)).rename(target)
 
+    def _refuse_if_all_damaged(self) -> None:
+        moved = self._directory / "damaged"
+        if moved.exists() and self._manager.latest_step() is None:
+            raise ConfigError("--workdir", str(self._directory.parent), f"none of its checkpoints can be read, they are in {moved}; "
+                              "put one back, or start again in a new --workdir")  # fmt: skip
+
     def restore(self, abstract: TrainState, ema_like: PyTree | None) -> Restored | None:
-        """The newest checkpoint that can be read, placed as `abstract` says; None when there is none."""
+        """The newest checkpoint that can be read, placed as `abstract` says; None when there is none yet.
+
+        Raises ConfigError when there are checkpoints and none can be read.
+        """
         while (step := self._manager.latest_step()) is not None:
             try:
                 return self._read(step, abstract, ema_like)
@@ -67,6 +78,7 @@ class Checkpointer:
                 self._manager.close()
                 self._set_aside(step, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
                 self._manager = self._open()
+                self._refuse_if_all_damaged()
         return None
 
     def _read(self, step: int, abstract: TrainState, ema_like: PyTree | None) -> Restored:

@@ -1,59 +1,43 @@
 """Exponential moving average of the parameters, in host memory, updated beside the next step (V3 sec. 3.2.3)."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+import functools
 
 import jax
-import numpy as np
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from dsv3_jax.model.transformer import Params
 
 
+def host_sharding() -> SingleDeviceSharding:
+    """The host's own memory, beside whatever accelerator trains."""
+    return SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+
+
 class HostEMA:
-    """`average += (1 - decay) (parameters - average)` after every step, in float32, by one worker thread."""
+    """`average += (1 - decay) (parameters - average)` after every step, in float32, by the host's CPU device.
+
+    Copy and update are dispatched like any other computation, so training goes on meanwhile.
+    """
 
     def __init__(self, params: Params, decay: float):
-        self._decay = decay
-        self._average: PyTree[np.ndarray] = jax.tree.map(lambda p: np.array(p, np.float32), params)
-        self._worker = ThreadPoolExecutor(1, "ema")
-        self._pending: Future[None] | None = None
+        self._blend = functools.partial(_blend, decay=decay)
+        self.average: Params = _copy_to_host(params)
 
     def submit(self, params: Params) -> None:
         """Starts the update with these parameters; the caller may donate them at once."""
-        self.wait()
-        self._pending = self._worker.submit(self._update, _to_host(params))
+        jax.block_until_ready(self.average)  # at most one update waits, so a slow host cannot pile up copies
+        self.average = self._blend(self.average, jax.device_put(params, host_sharding()))
 
-    def _update(self, params: PyTree) -> None:
-        def blend(average: np.ndarray, new: Any) -> None:
-            average += np.float32(1.0 - self._decay) * (np.asarray(new) - average)
-
-        jax.tree.map(blend, self._average, params)
-
-    def wait(self) -> None:
-        """Until the last update is in; raises what it raised."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
-
-    def average(self) -> PyTree[np.ndarray]:
-        """A copy of the average, which later updates leave alone."""
-        self.wait()
-        return jax.tree.map(np.copy, self._average)
-
-    def load(self, average: PyTree[np.ndarray]) -> None:
-        """Continues from a saved average."""
-        self.wait()
-        self._average = jax.tree.map(lambda a: np.array(a, np.float32), average)
-
-    def close(self) -> None:
-        """Finishes the last update and ends the worker."""
-        self.wait()
-        self._worker.shutdown()
+    def load(self, average: Params) -> None:
+        """Continues from a copy of these values."""
+        self.average = _copy_to_host(average)
 
 
-def _to_host(params: Params) -> PyTree:
-    """A copy in host memory: by an asynchronous transfer on an accelerator, by a plain copy on a CPU."""
-    if jax.default_backend() == "cpu":
-        return jax.tree.map(np.array, params)
-    return jax.tree.map(lambda p: jax.device_put(p, p.sharding.with_memory_kind("pinned_host")), params)
+def _copy_to_host(params: Params) -> Params:
+    return jax.tree.map(jnp.copy, jax.device_put(params, host_sharding()))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _blend(average: Params, params: Params, decay: float) -> Params:
+    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dsv3_jax.model.loss import HeadSums, Losses
+from dsv3_jax.model.mtp import target_weights
 from dsv3_jax.model.transformer import Params, RouterBias
 
 
@@ -31,6 +32,7 @@ def evaluate(
     rows: Int[np.ndarray, "n row"],
     batch: int,
     byte_lengths: Int[np.ndarray, " v"],
+    document_eos: int | None = None,
     place: Callable[[np.ndarray], Array] = jax.numpy.asarray,
 ) -> Evaluation:
     """Runs over the rows in batches of one shape; what does not fill a batch is left out, unless it is all there is."""
@@ -39,7 +41,8 @@ def evaluate(
     for chunk in batches(rows, batch):
         losses = jax.device_get(step(params, bias, place(chunk)))
         heads.append([losses.main, *losses.mtp])
-        used += int(byte_lengths[chunk[:, 1:]].sum())
+        has_target = np.asarray(target_weights(jax.numpy.asarray(chunk), 0, document_eos))
+        used += int((byte_lengths[chunk[:, 1:]] * has_target).sum())
     main = _total([h[0] for h in heads])
     mtp = _total([h[1] for h in heads]) if len(heads[0]) > 1 else None
     return Evaluation(

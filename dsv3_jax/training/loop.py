@@ -13,7 +13,7 @@ from pathlib import Path
 from dsv3_jax.config import Config
 from dsv3_jax.training.finish import finish_run
 from dsv3_jax.training.metrics import MetricsWriter
-from dsv3_jax.training.reporting import DivergedError, Reporter
+from dsv3_jax.training.reporting import Reporter
 from dsv3_jax.training.trainer import Trainer
 from dsv3_jax.training.workdir import CHECKPOINT_DIR, SUMMARY_FILE
 
@@ -33,11 +33,10 @@ def _run(trainer: Trainer, workdir: Path, command: str, stop: "StopSignal") -> i
     if trainer.progress.step >= steps and (workdir / SUMMARY_FILE).exists():
         print(f"{workdir} is done: {trainer.progress.step} steps. To go on, add --config.train.steps={2 * trainer.progress.step}")
         return 0
-    try:
-        _train(trainer, stop)
-    except DivergedError as error:
-        trainer.save()
-        print(f"stopped: {error}. The last finite state is saved in {workdir / CHECKPOINT_DIR / str(trainer.progress.step)}")
+    skipped = _train(trainer, stop)
+    if skipped >= trainer.config.train.max_skipped_steps:
+        saved = workdir / CHECKPOINT_DIR / str(trainer.progress.step)
+        print(f"stopped: {skipped} steps in a row had a loss or gradient that is not finite. The state before them is saved in {saved}")
         return 1
     if stop.received:
         print(f"stopped by a signal after step {trainer.progress.step}, saved. The same command continues: {command}")
@@ -46,14 +45,15 @@ def _run(trainer: Trainer, workdir: Path, command: str, stop: "StopSignal") -> i
     return 0
 
 
-def _train(trainer: Trainer, stop: "StopSignal") -> None:
+def _train(trainer: Trainer, stop: "StopSignal") -> int:
+    """Runs steps until the last one, a signal, or too many skipped ones, and saves; returns how many were skipped last, in a row."""
     train, every = trainer.config.train, trainer.config.checkpoint.every
     if trainer.progress.step >= train.steps:
-        return
+        return 0
     print("compiling the train step ...", flush=True)
     trainer.compile()
     with MetricsWriter(trainer.workdir, trainer.progress.step) as writer, Reporter(trainer, writer) as reporter:
-        while trainer.progress.step < train.steps and not stop.received:
+        while trainer.progress.step < train.steps and not stop.received and reporter.skipped_in_a_row < train.max_skipped_steps:
             reported = trainer.advance()
             due = reported.step % train.eval_every == 0 or reported.step == train.steps
             reporter.take(reported, trainer.evaluate if due else None)
@@ -63,6 +63,7 @@ def _train(trainer: Trainer, stop: "StopSignal") -> None:
                 reporter.restart_clock()
         reporter.flush()
         trainer.save()
+    return reporter.skipped_in_a_row
 
 
 class StopSignal:

@@ -19,10 +19,6 @@ from dsv3_jax.training.trainer import Reported, Trainer
 _LOAD_ROWS = 160
 
 
-class DivergedError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
-
-
 class Reporter:
     """Writes finished steps to the metrics files and the progress bar."""
 
@@ -34,6 +30,7 @@ class Reporter:
         self.load_every = max(1, steps // _LOAD_ROWS)
         self.since = time.perf_counter()
         self.pending: Reported | None = None
+        self.skipped_in_a_row = 0
 
     def __enter__(self) -> "Reporter":
         return self
@@ -49,7 +46,7 @@ class Reporter:
             self.flush(evaluate)
 
     def flush(self, evaluate: Callable[[], Evaluation] | None = None) -> None:
-        """Reports the step that is waiting; raises DivergedError after too many skipped ones."""
+        """Reports the step that is waiting."""
         if self.pending is None:
             return
         step, plan, metrics = self.pending.step, self.pending.plan, jax.device_get(self.pending.metrics)
@@ -64,8 +61,7 @@ class Reporter:
         self._write_load(step, metrics)
         self.bar.update()
         self.bar.set_postfix_str(_postfix(row))
-        if metrics.skipped_in_a_row >= (limit := self.trainer.config.train.max_skipped_steps):
-            raise DivergedError(f"{limit} steps in a row, the last of them step {step}, had a loss or gradient that is not finite")
+        self.skipped_in_a_row = int(metrics.skipped_in_a_row)
 
     def _row(self, step: int, plan: StepPlan, metrics: StepMetrics) -> dict[str, Any]:
         now = time.perf_counter()

@@ -16,14 +16,14 @@ from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dsv3_jax.training.checkpoint import Checkpointer, abstract_like
 from dsv3_jax.training.corpus import open_corpus
 from dsv3_jax.training.data import TrainLoader, validation_rows
-from dsv3_jax.training.ema import HostEMA
+from dsv3_jax.training.ema import HostEMA, host_sharding
 from dsv3_jax.training.evaluate import Evaluation, evaluate
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepPlan, plan_step
 from dsv3_jax.training.state import TrainState, create_state
 from dsv3_jax.training.step import Rates, StepMetrics, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
-from dsv3_jax.training.workdir import CHECKPOINT_DIR, check_continues, write_config
+from dsv3_jax.training.workdir import CHECKPOINT_DIR, check_continues, new_workdir
 
 _log = logging.getLogger(__name__)
 
@@ -54,18 +54,20 @@ class Trainer:
         self.mesh = make_mesh(config.parallel.mesh)
         self.corpus = open_corpus(config.data)
         check_continues(workdir, config)
-        write_config(workdir, config)
-        self.tokenizer = load_or_train_tokenizer(workdir, config.data, config.model.vocab_size, self.corpus.train)
-        self.vocabulary = Vocabulary.from_tokenizer(self.tokenizer, config.data)
-        self.execution = Execution.of(config, self.vocabulary.eos_id)
-        rows = validation_rows(
-            self.corpus.valid, self.tokenizer, self.vocabulary, config.train.sequence_length, config.train.eval_sequences
-        )
-        self.eval_rows = rows
-        self.loader = TrainLoader(self.corpus.train, self.tokenizer, self.vocabulary, config.data, config.train.sequence_length)
+        with new_workdir(workdir, config):
+            self._open_text()
         self._build_steps()
         self._restore_or_create()
         self.compile_seconds = 0.0
+
+    def _open_text(self) -> None:
+        data, length = self.config.data, self.config.train.sequence_length
+        self.tokenizer = load_or_train_tokenizer(self.workdir, data, self.config.model.vocab_size, self.corpus.train)
+        self.vocabulary = Vocabulary.from_tokenizer(self.tokenizer, data)
+        self.execution = Execution.of(self.config, self.vocabulary.eos_id)
+        most = self.config.train.eval_sequences
+        self.eval_rows = validation_rows(self.corpus.valid, self.tokenizer, self.vocabulary, length, most)
+        self.loader = TrainLoader(self.corpus.train, self.tokenizer, self.vocabulary, data, length)
 
     def _build_steps(self) -> None:
         config, shared = self.config, replicated(self.mesh)
@@ -82,7 +84,7 @@ class Trainer:
         abstract = abstract_like(jax.eval_shape(create), replicated(self.mesh))
         self.checkpointer = Checkpointer(self.workdir / CHECKPOINT_DIR, config.checkpoint.keep)
         has_ema = config.train.ema_decay > 0
-        restored = self.checkpointer.restore(abstract, abstract.params if has_ema else None)
+        restored = self.checkpointer.restore(abstract, abstract_like(abstract.params, host_sharding()) if has_ema else None)
         self.progress = Progress()
         if restored is None:
             self.state: TrainState = jax.jit(create, out_shardings=replicated(self.mesh))()
@@ -91,11 +93,11 @@ class Trainer:
             self.loader.restore(restored.run["data"])
             _log.info("continuing after step %d", self.progress.step)
         self.ema = HostEMA(self.state.params, config.train.ema_decay) if has_ema else None
-        if self.ema and restored is not None:
+        if self.ema and restored is not None and restored.ema is not None:
             self.ema.load(restored.ema)
 
     def compile(self) -> None:
-        """Compiles both steps before the first one is timed."""
+        """Compiles the train step before the first one is timed."""
         started = time.perf_counter()
         train = self.config.train
         row_shape = (train.micro_batch_size, train.sequence_length + 1)
@@ -129,19 +131,18 @@ class Trainer:
 
     def evaluate(self, use_ema: bool = False) -> Evaluation:
         """The model as it stands, or its moving average, on the validation rows."""
-        params = self.ema.average() if use_ema and self.ema else self.state.params
+        average = self.ema.average if use_ema and self.ema else None
+        params = self.state.params if average is None else jax.device_put(average, replicated(self.mesh))
         place = lambda rows: jax.device_put(rows, replicated(self.mesh))  # noqa: E731
         batch, lengths = self.config.train.micro_batch_size, self.vocabulary.byte_lengths
-        return evaluate(self.eval_step, params, self.state.router_bias, self.eval_rows, batch, lengths, place)
+        return evaluate(self.eval_step, params, self.state.router_bias, self.eval_rows, batch, lengths, self.execution.document_eos, place)
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""
         run = {"progress": dataclasses.asdict(self.progress), "data": self.loader.state()}
-        self.checkpointer.save(self.progress.step, self.state, self.ema.average() if self.ema else None, run)
+        self.checkpointer.save(self.progress.step, self.state, self.ema.average if self.ema else None, run)
 
     def close(self) -> None:
         """Waits for the last checkpoint and ends the worker threads."""
         self.checkpointer.close()
         self.loader.close()
-        if self.ema:
-            self.ema.close()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ CHECKPOINT_DIR = "checkpoints"
 
 # A run that continues keeps these: with another value its checkpoint or its data would not fit.
 _FIXED_SECTIONS = ("model", "data")
-_FIXED_FIELDS = ("train.seed", "train.sequence_length", "train.compute_dtype", "train.balance", "optimizer.moment_dtype")
+_FIXED_FIELDS = ("train.seed", "train.sequence_length", "train.compute_dtype", "train.balance", "train.ema_decay", "optimizer.moment_dtype")
 
 
 def load_config(workdir: Path) -> Config:
@@ -40,10 +42,21 @@ def check_continues(workdir: Path, config: Config) -> None:
             raise ConfigError(f"config.{field}", value, remedy)
 
 
-def write_config(workdir: Path, config: Config) -> None:
-    """Creates the workdir and writes the resolved configuration into it."""
+@contextmanager
+def new_workdir(workdir: Path, config: Config) -> Iterator[None]:
+    """Creates the workdir and writes the configuration into it; a ConfigError within takes both away again if they are new."""
+    is_new, made = not (workdir / CONFIG_FILE).exists(), not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / CONFIG_FILE, to_dict(config))
+    try:
+        yield
+    except ConfigError:
+        if is_new:
+            for name in (CONFIG_FILE, TOKENIZER_FILE):
+                (workdir / name).unlink(missing_ok=True)
+        if made:
+            workdir.rmdir()
+        raise
 
 
 def _fixed(config: Config) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
         "matmul_flops_per_second": limit,
         "utilisation": flops / limit,
         "peak_memory_bytes": peak_memory(),
-        "planned_bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes,
+        "planned_bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes if plan else 0,
     }
 
 

@@ -150,5 +150,5 @@ def test_one_document_is_enough_to_train_on(bad_files: Path) -> None:
 def test_null_in_parquet_is_named(tmp_path: Path) -> None:
     _write_parquet(tmp_path / "a.parquet", ["a", None], row_group_size=2)
     train = _open(f"parquet:{tmp_path}/a.parquet#text").train
-    with pytest.raises(ConfigError, match="a.parquet:1: column 'text' is null"):
+    with pytest.raises(ConfigError, match=r"a.parquet:1: column 'text' is null"):
         train[1]

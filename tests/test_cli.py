@@ -1,0 +1,118 @@
+"""A wrong command ends with status 2 and one line that names the field, its value and the remedy, before anything is written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = "--config=configs/tiny.py"
+CONFIG_FILE = "from dsv3_jax.config import default_config\ndef get_config():\n    config = default_config()\n    {}\n    return config\n"
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user of the repository runs it, with the devices that this machine has."""
+    command = [sys.executable, "-m", f"experiments.{module}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=120)
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Status 2 and one line on stderr, nothing else, which holds all `parts`."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+# Found before JAX is imported, so a third of a second each.
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--config = None", "name a configuration file", "configs/tiny.py"]),
+        (["--config=configs/tyni.py"], ["--config = 'configs/tyni.py'", "no such file", "configs/tiny.py"]),
+        (["--config=README.md"], ["--config = 'README.md'", "cannot be read", "get_config"]),
+        ([TINY, "--config.train.stepz=3"], ["config.train.stepz = '3'", "unknown field, did you mean 'steps'?"]),
+        ([TINY, "--config.train.steps=many"], ["config.train.steps = 'many'", "must be int"]),
+        ([TINY, "--config.train.steps", "many"], ["config.train.steps = 'many'", "must be int"]),
+        ([TINY, "--config.train=3"], ["config.train = '3'", "is a section; set one of its fields"]),
+        ([TINY, "--wrokdir=elsewhere"], ["--wrokdir", "elsewhere", "workdir"]),
+        ([TINY, "--bogus=17"], ["--bogus", "17", "--help"]),
+        ([TINY, "train.steps=3"], ["argument = 'train.steps=3'", "--name=value"]),
+        ([TINY, "--config.model.n_routed_experts=15"],
+         ["config.model.n_routed_experts = 15", "must be a multiple of model.n_group = 4"]),
+        ([TINY, "--config.optimizer.peak_lr=-1"], ["config.optimizer.peak_lr = -1.0", "must be above 0"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--config") else "",
+)  # fmt: skip
+def test_wrong_arguments(tmp_path: Path, arguments: list[str], parts: list[str]):
+    workdir = tmp_path / "run"
+    assert_refused(run("pretrain", *arguments, f"--workdir={workdir}"), *parts)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("statement", "parts"),
+    [
+        ("config.train.stepz = 3", ["config.train.stepz = 3", "did you mean 'steps'?"]),
+        ("config.train.steps = 'many'", ["--config", "steps", "many", "int"]),
+        ("config.train.steps = 10 / 0", ["--config", "division by zero"]),
+    ],
+)
+def test_wrong_configuration_file(tmp_path: Path, statement: str, parts: list[str]):
+    file = tmp_path / "mine.py"
+    file.write_text(CONFIG_FILE.format(statement))
+    assert_refused(run("pretrain", f"--config={file}", f"--workdir={tmp_path / 'run'}"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_workdir():
+    assert_refused(run("pretrain", TINY), "--workdir", "None")
+
+
+def test_sequences_longer_than_the_model(tmp_path: Path):
+    done = run("pretrain", TINY, "--config.train.sequence_length=1024", f"--workdir={tmp_path / 'run'}")
+    assert_refused(done, "config.train.sequence_length = 1024", "must be at most model.max_position_embeddings = 512")
+    assert not (tmp_path / "run").exists()
+
+
+def test_source_without_files(tmp_path: Path):
+    done = run("pretrain", TINY, "--config.data.source=text:/nowhere/*.txt", f"--workdir={tmp_path / 'run'}")
+    assert_refused(done, "config.data.source = 'text:/nowhere/*.txt'", "no file matches", "correct the path or the wildcards")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_something_else_is_left_alone(tmp_path: Path):
+    letter = tmp_path / "letter.txt"
+    letter.write_text("dear reader")
+    remedy = "exists and is no run's folder; give an empty or a new one"
+    assert_refused(run("pretrain", TINY, f"--workdir={tmp_path}"), f"--workdir = '{tmp_path}'", remedy)
+    assert list(tmp_path.iterdir()) == [letter]
+    assert letter.read_text() == "dear reader"
+
+
+@pytest.mark.parametrize(("module", "arguments"), [("generate", ["--prompt=def"]), ("evaluate", [])])
+def test_no_run_to_use(tmp_path: Path, module: str, arguments: list[str]):
+    done = run(module, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert_refused(done, f"--workdir = '{tmp_path / 'run'}'", "holds no config.json", "experiments.pretrain")
+    assert not (tmp_path / "run").exists()
+
+
+def test_number_out_of_range():
+    assert_refused(run("generate", "--workdir=runs/none", "--prompt=def", "--top_p=2"), "--top_p", "2", "[0.0, 1.0]")
+
+
+@pytest.mark.parametrize("module", ["pretrain", "generate", "evaluate", "describe"])
+def test_help(module: str):
+    done = run(module, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    shown = {"pretrain": ["--workdir", "--config"], "describe": ["--config", "--json"]}.get(module, ["--workdir", "--ema"])
+    if "--config" in shown:
+        shown += ["optimizer.peak_lr: float", "model.n_routed_experts: int", "--config.NAME=VALUE"]
+    for part in [*shown, f"uv run -m experiments.{module}"]:
+        assert part in done.stdout, part
+    assert "absl" not in done.stdout
