@@ -246,7 +246,7 @@ def _checked(hint: Any, value: Any, field: str) -> Any:
         return float(value)
     if type(value) is not expected:
         raise ConfigError(field, value, f"must be {expected.__name__}, not {type(value).__name__}")
-    if expected is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(field, value, "must be a finite number")
     return value
 
@@ -265,7 +265,8 @@ _POSITIVE = (
     "model.intermediate_size", "model.moe_intermediate_size",
     "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim",
     "model.max_position_embeddings", "model.initializer_range", "model.rms_norm_eps", "model.rope_theta",
-    "model.rope_scaling.factor", "model.n_group", "model.topk_group", "model.routed_scaling_factor",
+    "model.rope_scaling.factor", "model.rope_scaling.original_max_position_embeddings",
+    "model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow", "model.n_group", "model.topk_group", "model.routed_scaling_factor",
     "train.steps", "train.sequence_length", "train.micro_batch_size",
     "train.batch_size", "train.batch_size_start", "train.eval_every", "train.eval_sequences", "train.max_skipped_steps",
     "data.held_out", "optimizer.peak_lr", "optimizer.clip_norm", "optimizer.eps", "data.num_shards", "checkpoint.every", "checkpoint.keep",
@@ -275,7 +276,8 @@ _NOT_NEGATIVE = (
     "model.first_k_dense_replace", "model.num_nextn_predict_layers", "model.n_shared_experts", "model.aux_loss_alpha",
     "optimizer.final_lr", "optimizer.tail_lr", "optimizer.warmup_tokens", "optimizer.constant_tokens",
     "optimizer.cosine_tokens", "optimizer.tail_tokens", "optimizer.weight_decay", "train.batch_ramp_tokens",
-    "train.bias_update_speed", "train.mtp_loss_weight", "train.mtp_loss_weight_late", "train.seed", "data.seed",
+    "train.bias_update_speed", "train.bias_update_tokens", "train.mtp_switch_tokens", "train.mtp_loss_weight",
+    "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim", "train.mtp_loss_weight_late", "train.seed", "data.seed",
 )  # fmt: skip
 _FRACTIONS = ("data.held_out", "data.fim_rate", "data.boundary_split_rate", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 
@@ -300,7 +302,8 @@ def validate(config: Config) -> None:
     for path in _POSITIVE:
         _require(_get(config, path) > 0, config, path, "must be above 0")
     for path in _NOT_NEGATIVE:
-        _require(_get(config, path) >= 0, config, path, "must not be negative")
+        value = _get(config, path)
+        _require(value is None or value >= 0, config, path, "must not be negative")
     for path in _FRACTIONS:
         _require(0 <= _get(config, path) < 1, config, path, "must lie in [0, 1)")
     _validate_model(config)
@@ -353,10 +356,21 @@ def check_override(path: str, text: str) -> None:
             remedy = f"unknown field, {nearest_name(name, list(hints))}" if hints else f"config.{'.'.join(names[:depth])} has no fields"
             raise ConfigError(field, text, remedy)
         node = hints[name]
+    if _is_optional(node) and text.lower() == "none":
+        return
     expected = _inner_type(node)
     if dataclasses.is_dataclass(expected):
         raise ConfigError(f"config.{path}", text, f"is a section; set one of its fields: {', '.join(typing.get_type_hints(expected))}")
     _check_text(expected, text, f"config.{path}")
+
+
+def is_optional_field(path: str) -> bool:
+    """Whether the field at this path, which exists, may be None."""
+    *sections, name = path.split(".")
+    node: Any = Config
+    for section in sections:
+        node = typing.get_type_hints(node)[section]
+    return _is_optional(typing.get_type_hints(node)[name])
 
 
 def _check_text(expected: type, text: str, field: str) -> None:

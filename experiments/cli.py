@@ -13,9 +13,10 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from dsv3_jax.config import Config, ConfigError, check_override, describe_fields, from_config_dict
+from dsv3_jax.config import Config, ConfigError, check_override, describe_fields, from_config_dict, is_optional_field, nearest_name
 
 FLAGS = flags.FLAGS
+_none_fields: list[str] = []
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -49,6 +50,7 @@ def define_config() -> flags.FlagHolder:
 
 def read_config(holder: flags.FlagHolder) -> Config:
     """The frozen configuration. Raises ConfigError."""
+    holder.value.update_from_flattened_dict(dict.fromkeys(_none_fields))
     return from_config_dict(holder.value)
 
 
@@ -65,13 +67,41 @@ def _parse(argv: Sequence[str]) -> list[str]:
         sys.exit(0)
     if "config" in FLAGS:
         _check_config_arguments(argv[1:])
+        argv = _take_none(argv)
     try:
         rest = FLAGS(argv)
-    except (OSError, ImportError, SyntaxError, AttributeError, TypeError, KeyError) as error:
-        raise ConfigError("--config", _config_file(argv[1:]), f"cannot be read: {error}") from error
+    except flags.UnrecognizedFlagError as error:
+        remedy = f"unknown flag, {nearest_name(error.flagname, _flag_names())}; see --help"
+        raise ConfigError(f"--{error.flagname}", error.flagvalue.partition("=")[2], remedy) from error
+    except flags.IllegalFlagValueError as error:
+        *traceback, reason = str(error).strip().splitlines()
+        if not traceback:
+            raise
+        raise ConfigError("--config", _config_file(argv[1:]), f"cannot be read: {reason}") from error
+    except flags.Error:
+        raise
+    except Exception as error:  # a configuration file is a program and can raise anything
+        raise ConfigError("--config", _config_file(argv[1:]), f"cannot be read: {type(error).__name__}: {error}") from error
     if len(rest) > 1:
         raise ConfigError("argument", rest[1], "unexpected; options are written --name=value")
     return rest
+
+
+def _take_none(argv: Sequence[str]) -> list[str]:
+    """The arguments without `--config.field=None`, which ml_collections cannot parse; `read_config` sets those fields."""
+    kept = []
+    for arg in argv:
+        field, _, value = arg.lstrip("-").partition("=")
+        if field.startswith("config.") and value.lower() == "none" and is_optional_field(field.removeprefix("config.")):
+            _none_fields.append(field.removeprefix("config."))
+        else:
+            kept.append(arg)
+    return kept
+
+
+def _flag_names() -> list[str]:
+    own = [flag.name for flag in FLAGS.get_flags_for_module(sys.modules["__main__"])]
+    return [*own, "config"] if "config" in FLAGS else own
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:

@@ -17,9 +17,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it do
 
 
 def main() -> int:
+    config = cli.read_config(CONFIG)  # before JAX is loaded: a mistake shows at once
     from dsv3_jax.training.loop import pretrain
 
-    return pretrain(cli.read_config(CONFIG), Path(WORKDIR.value), cli.command_line())
+    return pretrain(config, Path(WORKDIR.value), cli.command_line())
 
 
 if __name__ == "__main__":

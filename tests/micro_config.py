@@ -1,5 +1,7 @@
 """The model of tests/small.py as a configuration file, on a few documents: a run of some seconds."""
 
+import sysconfig
+
 from ml_collections import ConfigDict
 
 from dsv3_jax.config import default_config
@@ -12,7 +14,7 @@ def get_config() -> ConfigDict:
         num_attention_heads=2, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6,
         n_routed_experts=8, num_experts_per_tok=4, n_group=4, topk_group=2, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
-    config.data.update(source="text:dsv3_jax/**/*.py", held_out=0.1, num_shards=2)
+    config.data.update(source=f"text:{sysconfig.get_path('stdlib')}/email/*.py", held_out=0.1, num_shards=2)
     config.train.update(
         steps=40, sequence_length=16, micro_batch_size=2, batch_size=4, batch_size_start=2, batch_ramp_tokens=640.0,
         compute_dtype="float32", remat="none", ema_decay=0.9, eval_every=15, eval_sequences=4,

@@ -35,7 +35,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     [
         ([], ["--config = None", "name a configuration file", "configs/tiny.py"]),
         (["--config=configs/tyni.py"], ["--config = 'configs/tyni.py'", "no such file", "configs/tiny.py"]),
-        (["--config=README.md"], ["--config = 'README.md'", "cannot be read", "get_config"]),
+        (["--config=configs/__init__.py"], ["--config = 'configs/__init__.py'", "cannot be read", "get_config"]),
         ([TINY, "--config.train.stepz=3"], ["config.train.stepz = '3'", "unknown field, did you mean 'steps'?"]),
         ([TINY, "--config.train.steps=many"], ["config.train.steps = 'many'", "must be int"]),
         ([TINY, "--config.train.steps", "many"], ["config.train.steps = 'many'", "must be int"]),

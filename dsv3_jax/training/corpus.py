@@ -75,7 +75,7 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig) -> Corpus:
-    """Opens `data.source` and holds out a share `data.held_out` of its documents (none where that is 0).
+    """Opens `data.source` and holds out a share `data.held_out` of its documents; 0 (every document to train on) is for evaluation.
 
     Raises `ConfigError` for a source that cannot be read, or that has too few documents to hold one out.
     """
@@ -83,7 +83,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     if len(source) == 0:
         raise ConfigError(FIELD, data.source, "has no documents; point it at files that hold text")
     if len(source) < 2 and data.held_out > 0:
-        raise ConfigError(FIELD, data.source, "has one document, but holding one out takes two; split it, or set config.data.held_out to 0")
+        raise ConfigError(FIELD, data.source, "has one document, but holding one out takes two; give at least two")
     held_out = _choose_held_out(source, data.held_out)
     return Corpus(train=Subset(source, np.flatnonzero(~held_out)), valid=Subset(source, np.flatnonzero(held_out)))
 

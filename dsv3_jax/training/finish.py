@@ -10,7 +10,6 @@ import numpy as np
 
 from dsv3_jax.inference.decode import generate
 from dsv3_jax.training.metrics import read_jsonl, write_json
-from dsv3_jax.training.report import write_report
 from dsv3_jax.training.trainer import Trainer
 from dsv3_jax.training.workdir import CHECKPOINT_DIR, SAMPLES_FILE, SUMMARY_FILE
 
@@ -20,6 +19,8 @@ _SAMPLE_TOKENS = 64  # of the prompt, and of its continuation
 
 def finish_run(trainer: Trainer, command: str) -> None:
     """Writes samples.json, summary.json and report.html, and prints the summary."""
+    from dsv3_jax.training.report import write_report  # matplotlib takes seconds to load, and only a finished run needs it
+
     print("evaluating, sampling and writing the report ...", flush=True)
     write_json(trainer.workdir / SAMPLES_FILE, sample_completions(trainer))
     summary = summarise(trainer, command)

@@ -57,7 +57,7 @@ def make_train_step(config: Config, execution: Execution, optimizer: optax.Gradi
         counts = (jax.vmap(lambda r: target_counts(r, model, execution))(rows) * used[:, None]).sum(0)
         micro = lambda i: gradients(state.params, state.router_bias, rows[i], counts, rates, n)  # noqa: E731
         grads, losses = _sum_over(micro, n, rows.shape[0])
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(losses.main.nll)
         new_state = _apply(state, grads, losses.load, rates, finite, optimizer)
         return new_state, StepMetrics(losses.main, losses.mtp, losses.balance_loss / n, losses.load, grad_norm, new_state.skipped_in_a_row)

@@ -119,7 +119,7 @@ def bad_files(tmp_path: Path) -> Path:
         ("texts:x", ["unknown source", "stdlib", "text:GLOB", "jsonl:GLOB#field", "parquet:GLOB#column"]),
         ("text:{}/*.nothing", ["no file matches", "*.nothing"]),
         ("text:{}/latin.txt", ["latin.txt is not UTF-8"]),
-        ("text:{}/one.txt", ["has one document", "config.data.held_out to 0"]),
+        ("text:{}/one.txt", ["has one document", "at least two"]),
         ("text:{}/empty.txt", ["has no documents"]),
         ("jsonl:{}/broken.jsonl", ["end it with #name"]),
         ("jsonl:{}/broken.jsonl#", ["end it with #name"]),

@@ -88,7 +88,12 @@ def test_undisturbed_run_leaves_what_it_promises(undisturbed):
 def test_killed_at_any_moment(launch, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     moments = random.Random(0)
-    for count in (1, 9, 16, 31):
+    process = launch(workdir)
+    while not (workdir / "config.json").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    for count in (1, 16, 31):
         process = launch(workdir)
         run_until(process, workdir, count)
         time.sleep(moments.uniform(0, 0.03))
@@ -96,17 +101,6 @@ def test_killed_at_any_moment(launch, undisturbed, tmp_path):
         process.wait()
         with (workdir / "metrics.jsonl").open("a") as file:
             file.write('{"step": 99, "lo')  # what a kill in the middle of a write leaves
-    finish(launch(workdir))
-    assert_same_run(workdir, undisturbed)
-
-
-def test_killed_before_the_first_step(launch, undisturbed, tmp_path):
-    workdir = tmp_path / "run"
-    process = launch(workdir)
-    while not (workdir / "config.json").exists():
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
     finish(launch(workdir))
     assert_same_run(workdir, undisturbed)
 
@@ -130,7 +124,7 @@ def largest_file(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "unsealed"])
+@pytest.mark.parametrize("damage", ["flip", "unsealed"])
 def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(launch, undisturbed, tmp_path, damage):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
@@ -140,7 +134,7 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(launch, u
     if damage == "flip":
         content[len(content) // 2] ^= 1
     else:
-        content = content[: len(content) // 3]
+        del content[len(content) // 3 :]
     file.write_bytes(content)
     if damage == "unsealed":  # killed before its digests were noted: the reader itself must find out
         (workdir / "checkpoints" / "digests" / "40.json").unlink()

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,15 @@ from tests.small import CONFIG, MODEL, rows
 RATES = Rates(jnp.float32(1e-2), jnp.float32(0.01), jnp.float32(0.3))
 
 
-def build(config=CONFIG, execution=None):
-    optimizer = make_optimizer(config.optimizer)
-    step = jax.jit(make_train_step(config, execution or Execution(), optimizer))
-    return step, jax.jit(lambda: create_state(config, optimizer))()
+# Float32 moments and a large eps: where a gradient is nearly 0, Adam would blow rounding up to a full step.
+EXACT = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moment_dtype="float32", eps=1e-3))
+
+
+@functools.cache
+def build(execution=None):
+    optimizer = make_optimizer(EXACT.optimizer)
+    step = jax.jit(make_train_step(EXACT, execution or Execution(), optimizer))
+    return step, jax.jit(lambda: create_state(EXACT, optimizer))()
 
 
 def assert_states_close(a, b, atol=1e-5):
@@ -29,13 +35,10 @@ def assert_states_close(a, b, atol=1e-5):
         )
 
 
-FLOAT32_MOMENTS = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moment_dtype="float32", eps=1e-3))
-
-
-@pytest.mark.parametrize("execution", [Execution(), Execution(document_eos=0)])
+@pytest.mark.parametrize("execution", [None, Execution(document_eos=0)])
 def test_accumulated_micro_batches_equal_one_large_batch(execution):
     batch = rows(MODEL, 24, 16)
-    step, state = build(FLOAT32_MOMENTS, execution)
+    step, state = build(execution)
     whole, metrics = step(state, batch[None], jnp.int32(1), RATES)
     parts = jnp.concatenate([batch.reshape(3, 8, 17), jnp.zeros((2, 8, 17), jnp.int32)])  # two micro-batches that are not used
     accumulated, accumulated_metrics = step(state, parts, jnp.int32(3), RATES)
@@ -44,12 +47,11 @@ def test_accumulated_micro_batches_equal_one_large_batch(execution):
     np.testing.assert_array_equal(accumulated_metrics.load.moe, metrics.load.moe)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_data_shards_give_the_step_of_one_device_and_the_bias_sees_them_all(devices):
+def test_data_shards_give_the_step_of_one_device_and_the_bias_sees_them_all():
     batch = rows(MODEL, 8, 16)[None]
-    step, state = build(FLOAT32_MOMENTS)
+    step, state = build()
     expected, _ = step(state, batch, jnp.int32(1), RATES)
-    mesh = make_mesh(MeshConfig(data=devices))
+    mesh = make_mesh(MeshConfig(data=8))
     spread = jax.device_put(batch, batch_sharding(mesh))
     got, _ = step(jax.device_put(state, replicated(mesh)), spread, jnp.int32(1), RATES)
     assert_states_close(got, expected)
@@ -65,7 +67,7 @@ def test_more_devices_than_there_are_is_an_error():
 def test_one_batch_is_learned_by_heart():
     step, state = build()
     batch = rows(MODEL, 8, 16)[None]
-    for _ in range(250):
+    for _ in range(400):
         state, metrics = step(state, batch, jnp.int32(1), RATES)
     assert metrics.main.nll / metrics.main.tokens < 0.05
     assert metrics.mtp[0].nll / metrics.mtp[0].tokens < 0.1
@@ -91,6 +93,6 @@ def test_evaluation_is_the_loss_of_the_training_step():
     step, state = build()
     batch = rows(MODEL, 8, 16)
     _, metrics = step(state, batch[None], jnp.int32(1), RATES)
-    losses = jax.jit(make_eval_step(CONFIG, Execution()))(state.params, state.router_bias, batch)
+    losses = jax.jit(make_eval_step(EXACT, Execution()))(state.params, state.router_bias, batch)
     np.testing.assert_allclose(losses.main.nll, metrics.main.nll, rtol=1e-6)
     np.testing.assert_allclose(losses.mtp[0].correct, metrics.mtp[0].correct)
