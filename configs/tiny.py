@@ -31,16 +31,16 @@ def get_config() -> ConfigDict:
         max_position_embeddings=512,
     )
     config.train.update(
-        steps=320,
+        steps=280,
         sequence_length=256,
         micro_batch_size=8,
         batch_size=8,
         batch_size_start=8,
         compute_dtype="float32",
-        remat="none",
+        remat="selective",
         ema_decay=0.98,
         bias_update_speed=0.01,
-        eval_every=80,
+        eval_every=70,
         eval_sequences=64,
     )
     # Phases of the schedules are shares of the run, so they follow --config.train.steps.
@@ -53,5 +53,5 @@ def get_config() -> ConfigDict:
     optimizer.tail_tokens = tokens * 0.05
     train.mtp_switch_tokens = tokens * 0.7
     train.bias_update_tokens = tokens * 0.95
-    config.checkpoint.update(every=80, keep=2)
+    config.checkpoint.update(every=70, keep=2)
     return config

@@ -69,15 +69,15 @@ def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int) -> BlockP
 @jax.custom_vjp
 def dispatch(x: Float[Array, "n d"], plan: BlockPlan) -> Float[Array, "rows d"]:
     """Copies each token to the rows of its pairs; padding rows are zero. Its gradient is `combine`."""
-    n, k = plan.slot.shape
-    token = jnp.where(plan.pair < n * k, plan.pair // k, n)
-    return jnp.take(x, token, axis=0, mode="fill", fill_value=0)
+    with_zero_row = jnp.concatenate([x, jnp.zeros_like(x[:1])])
+    return with_zero_row.at[plan.pair // plan.slot.shape[1]].get(mode="promise_in_bounds")  # padding: pair n * k, row n
 
 
 @jax.custom_vjp
 def combine(y: Float[Array, "rows d"], plan: BlockPlan) -> Float[Array, "n d"]:
     """Sums the rows of each token's pairs, in float32. Its gradient is `dispatch`."""
-    return y[plan.slot].astype(jnp.float32).sum(1).astype(y.dtype)
+    rows = y.at[plan.slot].get(mode="promise_in_bounds")
+    return rows.astype(jnp.float32).sum(1).astype(y.dtype)
 
 
 dispatch.defvjp(lambda x, plan: (dispatch(x, plan), plan), lambda plan, dy: (combine(dy, plan), None))

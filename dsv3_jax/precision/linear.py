@@ -45,7 +45,11 @@ def grouped_linear(
     first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
     costs as many times more as there are experts.
     """
-    return jnp.einsum("brk,bkn->brn", x, kernel.astype(x.dtype)[block_expert])
+    return jnp.einsum("brk,bkn->brn", x, _kernel_of_blocks(kernel, block_expert, x.dtype))
+
+
+def _kernel_of_blocks(kernel: Array, block_expert: Array, dtype: jnp.dtype) -> Array:
+    return kernel.astype(dtype).at[block_expert].get(mode="promise_in_bounds")
 
 
 def _grouped_fwd(x: Array, kernel: Array, block_expert: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -54,7 +58,7 @@ def _grouped_fwd(x: Array, kernel: Array, block_expert: Array) -> tuple[Array, t
 
 def _grouped_bwd(residual: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
     x, kernel, block_expert = residual
-    dx = jnp.einsum("brn,bkn->brk", dy, kernel.astype(x.dtype)[block_expert])
+    dx = jnp.einsum("brn,bkn->brk", dy, _kernel_of_blocks(kernel, block_expert, x.dtype))
     return dx, _grouped_wgrad(x, dy, block_expert, kernel.shape).astype(kernel.dtype), None
 
 
