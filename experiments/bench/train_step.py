@@ -46,10 +46,7 @@ def main() -> int:
     ]  # fmt: skip
     if PEER.value:
         result["peer"] = peer(config)
-        ratio = result["tokens_per_second"] / result["peer"]["tokens_per_second"]
-        rows.append(
-            ("transformers", f"{result['peer']['tokens_per_second']:,.0f} tokens/s ({result['peer']['implementation']}); ours {ratio:.2f}x")
-        )
+        rows += [(name, peer_line(figures, result)) for name, figures in peer_rows(result["peer"], config)]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     if JSON.value:
@@ -130,6 +127,19 @@ def median_seconds(f: Callable[..., Any], *arguments: Any, repeats: int = 20) ->
         jax.block_until_ready([f(*arguments) for _ in range(5)])
         seconds.append((time.perf_counter() - started) / 5)
     return float(np.median(seconds[2:]))
+
+
+def peer_rows(figures: dict[str, Any], config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The peer without MTP modules, and with as many as ours: only the last does the same work when there are any."""
+    if config.model.num_nextn_predict_layers == 0:
+        return [("transformers", figures)]
+    return [("transformers, no MTP", figures), ("transformers, same work", figures["mtp"])]
+
+
+def peer_line(figures: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Speed of the peer, and ours as a multiple of it."""
+    ratio = ours["tokens_per_second"] / figures["tokens_per_second"]
+    return f"{figures['tokens_per_second']:,.0f} tokens/s ({figures['implementation']}); ours {ratio:.2f}x"
 
 
 def peer(config: Any) -> dict[str, Any]:
