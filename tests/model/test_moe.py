@@ -31,7 +31,7 @@ def random_layer(n, k, e, rng, skew):
     )
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 64])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize(("n", "k", "e", "skew"), [(13, 2, 5, 0.0), (13, 2, 5, 100.0), (1, 3, 7, 0.0), (40, 4, 4, 0.0)])
 def test_matches_one_expert_at_a_time(n, k, e, skew, rows):
     x, routing, gate_up, down = random_layer(n, k, e, np.random.default_rng(0), skew)
@@ -43,14 +43,17 @@ def test_matches_one_expert_at_a_time(n, k, e, skew, rows):
         return one_expert_at_a_time(x, routing._replace(gates=gates), gate_up, down)
 
     arguments = (x, routing.gates, jnp.asarray(gate_up), jnp.asarray(down))
-    np.testing.assert_allclose(ours(*arguments), reference(*arguments), rtol=1e-4, atol=1e-5)
     cotangent = jax.random.normal(jax.random.key(0), x.shape)
-    gradients = [jax.vjp(f, *arguments)[1](cotangent) for f in (ours, reference)]
-    for got, expected in zip(*gradients, strict=True):
+
+    def value_and_gradients(f):
+        value, pull = jax.vjp(f, *arguments)
+        return value, *pull(cotangent)
+
+    for got, expected in zip(*(jax.jit(value_and_gradients, static_argnums=0)(f) for f in (ours, reference)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(4, 9), st.sampled_from([1, 2, 4, 16]), st.integers(0, 10**6))
 def test_plan_drops_nothing(n, k, e, rows, seed):
     experts = np.random.default_rng(seed).integers(0, e, (n, k))
