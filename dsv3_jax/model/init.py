@@ -13,6 +13,8 @@ from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, Tok
 
 # Leaves up to this size are cut from one draw: on a CPU every draw of its own costs half a second of compilation.
 _SMALL_LEAF = 2**22
+# Leaves with these names are scales of norms: they start at 1, and weight decay leaves them alone.
+NORM_NAMES = ("norm", "scale")
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
@@ -22,7 +24,7 @@ def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
     pool, used = config.initializer_range * jax.random.normal(key, (small,)), 0
     values: list[Array] = []
     for i, (path, leaf) in enumerate(leaves):
-        if path[-1].key in ("norm", "scale"):
+        if path[-1].key in NORM_NAMES:
             values.append(jnp.ones(leaf.shape))
         elif leaf.size <= _SMALL_LEAF:
             values.append(pool[used : used + leaf.size].reshape(leaf.shape))

@@ -17,7 +17,7 @@ def host_sharding() -> SingleDeviceSharding:
 class HostEMA:
     """`average += (1 - decay) (parameters - average)` after every step, in float32, by the host's CPU device.
 
-    Copy and update are dispatched like any other computation, so training goes on meanwhile.
+    The update is dispatched and runs beside the next step. The copy from an accelerator is made before `submit` returns.
     """
 
     def __init__(self, params: Params, decay: float):

@@ -8,9 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsv3_jax.config import OptimizerConfig
-
-# Leaves with these names are scales of norms, which weight decay leaves alone.
-_NORM_NAMES = ("scale", "norm")
+from dsv3_jax.model.init import NORM_NAMES
 
 
 class AdamState(NamedTuple):
@@ -43,7 +41,7 @@ def scale_by_adam(beta1: float, beta2: float, eps: float, moment_dtype: str) -> 
 
 def decay_mask(params: PyTree) -> PyTree[bool]:
     """True for the leaves that weight decay applies to: all but the scales of norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _NORM_NAMES, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NORM_NAMES, params)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
