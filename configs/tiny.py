@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         batch_size=8,
         batch_size_start=8,
         compute_dtype="float32",
-        remat="selective",
+        remat="none",
         ema_decay=0.98,
         bias_update_speed=0.01,
         eval_every=70,

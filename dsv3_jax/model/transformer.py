@@ -29,6 +29,8 @@ Params = dict[str, Any]  # nested; leaves are arrays
 # outputs above all, is computed again (V3 sec. 3.2.3).
 SAVED_NAMES = ("q_latent", "kv_latent", "attention_out", "attention_residual", "swiglu_in", "routing")
 
+UNROLLED_LAYERS = 4  # a CPU unrolls a stack up to this; deeper ones are a loop, so compile time does not grow with depth
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -180,4 +182,6 @@ def scan_blocks(
         return out.x, (out.load, out.balance_loss)
 
     layer = rematerialised(layer, execution.remat)
-    return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias))
+    # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
+    unroll = execution.remat == "none" and bias.shape[0] <= UNROLLED_LAYERS and jax.default_backend() == "cpu"
+    return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=unroll)

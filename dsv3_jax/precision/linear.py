@@ -63,19 +63,13 @@ def _grouped_bwd(residual: tuple[Array, Array, Array], dy: Array) -> tuple[Array
 
 
 def _grouped_wgrad(x: Array, dy: Array, block_expert: Array, shape: tuple[int, ...]) -> Array:
-    """Adds each block's `x^T dy` to its expert, always in the same order.
+    """Sums each block's `x^T dy` into its expert, always in the same order.
 
-    A CPU adds block after block, in place. A GPU would wait for each of them, so there all products are
-    made at once and summed by a product with the one-hot experts (XLA's scatter fails to compile at these sizes).
+    On a GPU the sum is a product with the one-hot experts: XLA's scatter fails to compile at these sizes there.
     """
-    if jax.default_backend() == "cpu":
-
-        def add_block(total: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            rows, d_rows, expert = block
-            return total.at[expert].add(jnp.einsum("rk,rn->kn", rows, d_rows, preferred_element_type=jnp.float32)), None
-
-        return jax.lax.scan(add_block, jnp.zeros(shape, jnp.float32), (x, dy, block_expert))[0]
     by_block = jnp.einsum("brk,brn->bkn", x, dy, preferred_element_type=jnp.float32)
+    if jax.default_backend() == "cpu":
+        return jax.ops.segment_sum(by_block, block_expert, shape[0], indices_are_sorted=True)
     one_hot = jax.nn.one_hot(block_expert, shape[0], dtype=jnp.float32)
     return jnp.einsum("be,bkn->ekn", one_hot, by_block, precision=jax.lax.Precision.HIGHEST)
 

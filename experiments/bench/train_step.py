@@ -8,6 +8,7 @@ run. With --peer_python, a Python that has torch and transformers, transformers'
 configuration is timed on the same machine after it, and the ratio printed.
 """
 
+import dataclasses
 import json
 import subprocess
 import tempfile
@@ -46,7 +47,7 @@ def main() -> int:
     ]  # fmt: skip
     if PEER.value:
         result["peer"] = peer(config)
-        rows += [(name, peer_line(figures, result)) for name, figures in peer_rows(result["peer"], config)]
+        rows += peer_rows(result, config)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     if JSON.value:
@@ -129,20 +130,26 @@ def median_seconds(f: Callable[..., Any], *arguments: Any, repeats: int = 20) ->
     return float(np.median(seconds[2:]))
 
 
-def peer_rows(figures: dict[str, Any], config: Any) -> list[tuple[str, dict[str, Any]]]:
-    """The peer without MTP modules, and with as many as ours: only the last does the same work when there are any."""
-    if config.model.num_nextn_predict_layers == 0:
-        return [("transformers", figures)]
-    return [("transformers, no MTP", figures), ("transformers, same work", figures["mtp"])]
+def peer_rows(result: dict[str, Any], config: Any) -> list[tuple[str, str]]:
+    """The peer as it comes, compiled, and with MTP modules, each beside ours doing the same work.
+
+    Ours is timed again after the peer, so that a slow minute of the machine does not fall on one side alone.
+    """
+    rates = {True: max(result["tokens_per_second"], measure(config, STEPS.value)["tokens_per_second"])}
+    if config.model.num_nextn_predict_layers:
+        main_model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
+        rates[False] = measure(dataclasses.replace(config, model=main_model), STEPS.value)["tokens_per_second"]
+    result["main_model_tokens_per_second"] = rates.get(False, rates[True])
+    result["tokens_per_second"] = rates[True]
+    rows = [("ours again", f"{rates[True]:,.0f} tokens/s; without MTP {result['main_model_tokens_per_second']:,.0f}")]
+    for figures in result["peer"]:
+        peer_rate, same_work = figures["tokens_per_second"], rates[figures["mtp"] or False not in rates]
+        ratios = f"ours {rates[True] / peer_rate:.2f}x as configured, {same_work / peer_rate:.2f}x at the same work"
+        rows.append(("transformers", f"{peer_rate:,.0f} tokens/s ({figures['implementation']}); {ratios}"))
+    return rows
 
 
-def peer_line(figures: dict[str, Any], ours: dict[str, Any]) -> str:
-    """Speed of the peer, and ours as a multiple of it."""
-    ratio = ours["tokens_per_second"] / figures["tokens_per_second"]
-    return f"{figures['tokens_per_second']:,.0f} tokens/s ({figures['implementation']}); ours {ratio:.2f}x"
-
-
-def peer(config: Any) -> dict[str, Any]:
+def peer(config: Any) -> list[dict[str, Any]]:
     """Figures of transformers' model of the same configuration, from the script beside this one."""
     from dsv3_jax.config import to_dict
 
