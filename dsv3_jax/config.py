@@ -60,6 +60,7 @@ class ModelConfig:
     num_experts_per_tok: int = 8
     n_group: int = 8  # 1: ungrouped routing
     topk_group: int = 4
+    group_top_k: int | None = None  # a group scores the sum of so many of its best experts; None: K / M of them, as in the paper
     scoring_func: str = "sigmoid"  # sigmoid | softmax
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
@@ -183,6 +184,7 @@ class Config:
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    init_from: str = ""  # converted or public checkpoint that a new run starts from; empty: random values
 
 
 def default_config() -> ConfigDict:
@@ -323,6 +325,7 @@ def _validate_model(config: Config) -> None:
         "must be above 0, or set model.first_k_dense_replace to model.num_hidden_layers",
     )
     _require(m.n_routed_experts % m.n_group == 0, config, "model.n_routed_experts", f"must be a multiple of model.n_group = {m.n_group}")
+    _require(m.group_top_k is None or m.group_top_k > 0, config, "model.group_top_k", "must be above 0, or None for the paper's K / M")
     _require(m.topk_group <= m.n_group, config, "model.topk_group", f"must be at most model.n_group = {m.n_group}")
     reachable = m.topk_group * (m.n_routed_experts // m.n_group)
     _require(0 < m.num_experts_per_tok <= reachable, config, "model.num_experts_per_tok",

@@ -27,6 +27,10 @@ def run(main: Callable[[], int | None]) -> None:
         app.run(lambda _: _quietly(main), flags_parser=_parse)
     except (ConfigError, flags.Error) as error:
         fail(str(error))
+    except ValueError as error:
+        if type(error).__name__ != "CheckpointError":  # named, not imported: --help and wrong flags answer before JAX is loaded
+            raise
+        fail(str(error))
 
 
 def _quietly(main: Callable[[], int | None]) -> int:

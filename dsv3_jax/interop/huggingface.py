@@ -1,239 +1,229 @@
-"""The public checkpoint format: config.json and tensors by the names that DeepSeek-V3's release and transformers use.
+"""A public checkpoint folder, as DeepSeek-V3's release and transformers write it: opened, checked, read part by part.
 
-`checkpoint_layout` is the one table: every public tensor, and the slice of which parameter it fills. The
-public format keeps torch's [out, in] weights, one tensor a layer and expert; here kernels are [in, out],
-layers and experts are stacked, and gate and up projections share a leaf [in, 2, ffn].
+Everything that can be known without the values of the weights is checked when the folder is opened, so that
+nobody starts to load or convert what cannot be finished. FP8 scales are small and are read then, too.
 """
 
-import functools
+import dataclasses
+import itertools
+import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from ml_collections import ConfigDict
 
-from dsv3_jax.config import ConfigError, ModelConfig, RopeScaling, default_config, from_config_dict
-from dsv3_jax.model.init import init_router_bias, parameter_shapes
+from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.interop.hf_config import model_config_from_hf
+from dsv3_jax.interop.layout import SCALE, Piece, checkpoint_layout, is_shared_copy
+from dsv3_jax.interop.safetensors import CheckpointError, read_folder
+from dsv3_jax.interop.weights import FP8, Index, load_params
 from dsv3_jax.model.transformer import Params, RouterBias
 
-
-class CheckpointError(ValueError):
-    """A tensor that cannot be used, and what is wrong with it, in one line."""
-
-    def __init__(self, tensor: str, problem: str):
-        super().__init__(f"{tensor}: {problem}")
-        self.tensor = tensor
+_log = logging.getLogger(__name__)
+_FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, FP8))
+PUBLIC_CONFIG = "config.json"
+_LARGEST_JSON = 100 * 2**20
 
 
-# --- config.json ---
+@runtime_checkable
+class Tensor(Protocol):
+    """A public tensor that can be read."""
 
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "first_k_dense_replace",
-    "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob",
-    "routed_scaling_factor", "rms_norm_eps", "max_position_embeddings",
-)  # fmt: skip
-# Fields that a config.json may leave out, with what their absence means to its readers.
-_OPTIONAL = {
-    "num_nextn_predict_layers": 0, "scoring_func": "sigmoid", "tie_word_embeddings": False, "rope_interleave": True,
-    "aux_loss_alpha": ModelConfig.aux_loss_alpha, "initializer_range": ModelConfig.initializer_range,
-}  # fmt: skip
-# Fields with one value that this implementation computes.
-_FIXED = {
-    "model_type": "deepseek_v3", "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
-    "moe_layer_freq": 1, "topk_method": "noaux_tc",
-}  # fmt: skip
-# Fields about storage, tokens or a framework, which do not change what the model computes.
-_UNUSED = frozenset((
-    "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "transformers_version",
-    "use_cache", "quantization_config", "ep_size", "pretraining_tp", "seq_aux", "head_dim", "qk_head_dim", "output_router_logits",
-    "_name_or_path", "chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "output_attentions",
-    "output_hidden_states", "problem_type", "return_dict",
-))  # fmt: skip
-_ROPE_FIELDS = ("rope_scaling", "rope_theta", "rope_parameters")
-_ROPE_TYPES = {"default": "none", "linear": "linear", "yarn": "yarn"}
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> Path | None: ...
+    def read(self) -> np.ndarray: ...
 
 
-def model_config_from_hf(config_json: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a public config.json describes.
+class ArrayTensor(NamedTuple):
+    """A tensor that is in memory already."""
 
-    Takes the release's layout (`rope_scaling`, `rope_theta`) and that of transformers 5 (`rope_parameters`).
-    Raises ConfigError for a field that is missing, unknown, or has a value that cannot be honoured.
+    values: np.ndarray
+    file: Path | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def read(self) -> np.ndarray:
+        return self.values
+
+
+class PublicCheckpoint:
+    """Tensors by their public names, checked against the architecture; a `WeightSource` of our stacked parameters.
+
+    Raises CheckpointError for a tensor that is missing, unknown or misshapen, has a dtype that differs within its
+    stack, lacks its scales, or has scales that are not finite.
     """
-    _check_fields(config_json)
-    run = default_config()
-    run.model = ConfigDict({
-        **{name: config_json[name] for name in _REQUIRED},
-        **{name: config_json.get(name, default) for name, default in _OPTIONAL.items()},
-        **_rope_fields(config_json),
-    })  # fmt: skip
-    run.train.sequence_length = run.model.max_position_embeddings
-    return from_config_dict(run).model
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor]):
+        self.config, self.tensors = config, tensors
+        self.pieces: dict[str, dict[tuple[int, ...], Piece]] = {}
+        for piece in checkpoint_layout(config):
+            self.pieces.setdefault(piece.path, {})[_stack_index(piece)] = piece
+        self._check_shapes()
+        self._check_dtypes()
+        self._check_scales()
+        self.copies = self._check_names()
+
+    def stored_dtype(self, path: str) -> np.dtype:
+        return self.tensors[next(iter(self.pieces[path].values())).tensor].dtype
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return self._assemble(path, index, "")
+
+    def read_scale(self, path: str, index: Index) -> np.ndarray:
+        return self._assemble(path, index, SCALE)
+
+    def _assemble(self, path: str, index: Index, suffix: str) -> np.ndarray:
+        pieces = self.pieces[path]
+        where = next(iter(pieces.values())).where
+        axes = [axis for axis, at in enumerate(where) if isinstance(at, int)]
+        kind = self.stored_dtype(path) if not suffix else np.dtype(np.float32)
+        out = np.empty([s.stop - s.start for s in index], kind)
+        inner = tuple(s for axis, s in enumerate(index) if axis not in axes)
+        for key in itertools.product(*(range(index[axis].start, index[axis].stop) for axis in axes)):
+            piece = pieces[key]
+            values = self.tensors[piece.tensor + suffix].read()
+            target: list[int | slice] = [slice(None)] * len(index)
+            for axis, at in zip(axes, key, strict=True):
+                target[axis] = at - index[axis].start
+            out[tuple(target)] = (values.T if piece.transposed else values)[inner]
+        return out
+
+    def _check_shapes(self) -> None:
+        for piece in self._all():
+            tensor = self.tensors.get(piece.tensor)
+            if tensor is None:
+                raise CheckpointError(piece.tensor, f"is missing from the checkpoint; config.json asks for it with shape {piece.shape}")
+            if tensor.shape != piece.shape:
+                raise CheckpointError(piece.tensor, f"has shape {tensor.shape}, config.json asks for {piece.shape}", tensor.file)
+
+    def _check_dtypes(self) -> None:
+        for path, pieces in self.pieces.items():
+            first = next(iter(pieces.values()))
+            expected = self.tensors[first.tensor].dtype
+            for piece in pieces.values():
+                tensor = self.tensors[piece.tensor]
+                if tensor.dtype not in _FLOATS:
+                    raise CheckpointError(
+                        piece.tensor, f"has dtype {tensor.dtype}; float32, bfloat16, float16 and FP8 E4M3 are read", tensor.file
+                    )
+                if tensor.dtype != expected:
+                    raise CheckpointError(
+                        piece.tensor,
+                        f"is {tensor.dtype} where {first.tensor} is {expected}; tensors of one kind share a dtype",
+                        tensor.file,
+                    )
+                if tensor.dtype == FP8 and (len(piece.shape) < 2 or path.startswith("params/embed")):
+                    raise CheckpointError(piece.tensor, "is FP8; only weights of linear layers can be", tensor.file)
+
+    def _check_scales(self) -> None:
+        for piece in self._all():
+            name, tensor = piece.tensor + SCALE, self.tensors[piece.tensor]
+            scale = self.tensors.get(name)
+            if tensor.dtype != FP8:
+                if scale is not None:
+                    raise CheckpointError(name, f"is there, but {piece.tensor} is {tensor.dtype} and needs no scales", scale.file)
+                continue
+            if scale is None:
+                raise CheckpointError(name, f"is missing: {piece.tensor} is FP8 and needs its scales", tensor.file)
+            if scale.shape != piece.scale().shape or scale.dtype != np.float32:
+                raise CheckpointError(
+                    name, f"is {scale.dtype} {scale.shape}; must be float32 {piece.scale().shape}, one scale per 128x128 block", scale.file
+                )
+            if not np.all(np.isfinite(scale.read())):
+                raise CheckpointError(name, "holds a scale that is NaN or infinite", scale.file)
+
+    def _check_names(self) -> dict[str, str]:
+        """Refuses what the architecture does not have; returns the copies of other tensors that the checkpoint holds."""
+        wanted = {piece.tensor for piece in self._all()}
+        copies = {}
+        for name, tensor in self.tensors.items():
+            if name in wanted or (name.endswith(SCALE) and name.removesuffix(SCALE) in wanted):
+                continue
+            original = self._original(name)
+            if original is None:
+                raise CheckpointError(name, "is not a tensor of the architecture that config.json describes", tensor.file)
+            if not _same(tensor, self.tensors[original]):
+                raise CheckpointError(name, f"must be a copy of {original} and differs from it", tensor.file)
+            copies[name] = original
+        return copies
+
+    def _original(self, name: str) -> str | None:
+        """The tensor that `name` may be a copy of: the head of a tied model, or an MTP layer's embedding and head."""
+        tied = self.config.tie_word_embeddings
+        original = "model.embed_tokens.weight" if name == "lm_head.weight" and tied else None
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        first, depth = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        if layer is not None and first <= int(layer[1]) < first + depth:
+            original = is_shared_copy(name)
+        return "model.embed_tokens.weight" if original == "lm_head.weight" and tied else original
+
+    def _all(self) -> Iterator[Piece]:
+        return itertools.chain.from_iterable(pieces.values() for pieces in self.pieces.values())
 
 
-def _check_fields(config_json: Mapping[str, Any]) -> None:
-    for name in _REQUIRED:
-        if name not in config_json:
-            raise ConfigError(name, None, "is missing from config.json")
-    fixed = {**_FIXED, "num_key_value_heads": config_json["num_attention_heads"]}
-    known = {*_REQUIRED, *_OPTIONAL, *_ROPE_FIELDS, *_UNUSED, *fixed}
-    for name, value in config_json.items():
-        if name not in known:
-            raise ConfigError(name, value, "this field of config.json is not known here; remove it if the model does not depend on it")
-        if name in fixed and value != fixed[name]:
-            raise ConfigError(name, value, f"only {fixed[name]!r} is implemented")
+def _stack_index(piece: Piece) -> tuple[int, ...]:
+    return tuple(index for index in piece.where if isinstance(index, int))
 
 
-def _rope_fields(config_json: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of our model section, from either layout."""
-    if config_json.get("rope_parameters") and config_json.get("rope_scaling"):
-        raise ConfigError("rope_parameters", config_json["rope_parameters"], "rope_scaling says the same again; keep one of them")
-    section = "rope_parameters" if config_json.get("rope_parameters") else "rope_scaling"
-    given = {name: value for name, value in (config_json.get(section) or {}).items() if value is not None}
-    theta = given.pop("rope_theta", config_json.get("rope_theta", ModelConfig.rope_theta))
-    kinds = {given.pop(name) for name in ("type", "rope_type") if name in given}
-    if len(kinds) > 1 or not kinds <= set(_ROPE_TYPES):
-        raise ConfigError(f"{section}.type", config_json[section], f"must be one of {', '.join(_ROPE_TYPES)}")
-    kind = _ROPE_TYPES[kinds.pop() if kinds else "default"]
-    return {"rope_theta": theta, "rope_scaling": {"type": kind, **_scaling_fields(section, kind, given)}}
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    rows = max(1, 2**24 // max(1, a.dtype.itemsize * int(np.prod(a.shape[1:]))))
+    left, right = a.read(), b.read()
+    return all(left[i : i + rows].tobytes() == right[i : i + rows].tobytes() for i in range(0, a.shape[0], rows))
 
 
-def _scaling_fields(section: str, kind: str, given: dict[str, Any]) -> dict[str, Any]:
-    required = {"none": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}[kind]
-    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim") if kind == "yarn" else ()
-    for name in required:
-        if name not in given:
-            raise ConfigError(f"{section}.{name}", None, f"is needed for {kind} scaling")
-    for name, value in given.items():
-        if name not in required + optional and (name, value) != ("truncate", True):
-            raise ConfigError(f"{section}.{name}", value, f"is not implemented for {kind} scaling")
-    scaling = {name: given[name] for name in required + optional if name in given}
-    return {**_mscales(section, given), **scaling} if kind == "yarn" else scaling
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a public folder. Raises CheckpointError when there is none or it is no JSON object."""
+    path = folder / PUBLIC_CONFIG
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(PUBLIC_CONFIG, f"has {path.stat().st_size} bytes, more than any configuration needs", folder)
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(PUBLIC_CONFIG, f"cannot be read: {str(error).splitlines()[0][:200]}", folder) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(PUBLIC_CONFIG, "is not a JSON object", folder)
+    return config
 
 
-def _mscales(section: str, given: dict[str, Any]) -> dict[str, float]:
-    """Defaults of the two temperatures. Readers of a config.json disagree when only one of them is there, or is 0."""
-    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
-    if (mscale is None) != (all_dim is None) or mscale == 0 or all_dim == 0:
-        value = {"mscale": mscale, "mscale_all_dim": all_dim}
-        raise ConfigError(f"{section}.mscale", value, "is read in different ways; give mscale and mscale_all_dim both above 0, or neither")
-    return {"mscale": RopeScaling.mscale, "mscale_all_dim": 0.0}
+def open_public(folder: Path) -> PublicCheckpoint:
+    """Opens and checks a public folder. Raises CheckpointError or ConfigError with one line that names what is wrong.
 
-
-# --- tensors ---
-
-
-class Piece(NamedTuple):
-    """One public tensor and the part of a parameter that it fills: `parameter[where] = tensor.T` (`tensor` for the embedding)."""
-
-    tensor: str
-    path: str  # "params/moe/self_attn/o_proj/kernel", or "bias/moe" for the router bias
-    where: tuple[int | slice, ...]
-    shape: tuple[int, ...]  # of the public tensor
-
-
-_TOP_TENSORS = {
-    "params/embed": "model.embed_tokens.weight",
-    "params/norm": "model.norm.weight",
-    "params/lm_head": "lm_head.weight",
-}
-# Parameter of a layer -> the public tensors in it, below "model.layers.N.". Two: gate and up, on the axis before
-# the last. "{expert}": one for every expert, on a leading axis.
-_LAYER_TENSORS = {
-    "input_layernorm/scale": ("input_layernorm.weight",),
-    "post_attention_layernorm/scale": ("post_attention_layernorm.weight",),
-    "self_attn/q_proj/kernel": ("self_attn.q_proj.weight",),
-    "self_attn/q_a_proj/kernel": ("self_attn.q_a_proj.weight",),
-    "self_attn/q_a_layernorm/scale": ("self_attn.q_a_layernorm.weight",),
-    "self_attn/q_b_proj/kernel": ("self_attn.q_b_proj.weight",),
-    "self_attn/kv_a_proj_with_mqa/kernel": ("self_attn.kv_a_proj_with_mqa.weight",),
-    "self_attn/kv_a_layernorm/scale": ("self_attn.kv_a_layernorm.weight",),
-    "self_attn/kv_b_proj": ("self_attn.kv_b_proj.weight",),
-    "self_attn/o_proj/kernel": ("self_attn.o_proj.weight",),
-    "mlp/gate_up_proj": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp/down_proj": ("mlp.down_proj.weight",),
-    "mlp/router": ("mlp.gate.weight",),
-    "mlp/shared_experts/gate_up_proj": ("mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"),
-    "mlp/shared_experts/down_proj": ("mlp.shared_experts.down_proj.weight",),
-    "mlp/experts/gate_up_proj": ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
-    "mlp/experts/down_proj": ("mlp.experts.{expert}.down_proj.weight",),
-    "enorm/scale": ("enorm.weight",),
-    "hnorm/scale": ("hnorm.weight",),
-    "eh_proj/kernel": ("eh_proj.weight",),
-    "norm/scale": ("shared_head.norm.weight",),
-    "": ("mlp.gate.e_score_correction_bias",),  # "bias/moe" and "bias/mtp" have nothing below the stack
-}
-_SHARED_COPIES = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
-
-
-def checkpoint_layout(config: ModelConfig) -> list[Piece]:
-    """Every tensor of the public checkpoint of this architecture, MTP modules included, and where it belongs."""
-    return [piece for path, leaf in _shapes(config).items() for piece in _pieces(path, leaf, config)]
+    A folder without any tensor of an MTP layer is opened as a model without MTP modules, whatever its config.json
+    says: transformers drops these layers when it saves.
+    """
+    config = model_config_from_hf(read_config(folder))
+    tensors = read_folder(folder)
+    first = config.num_hidden_layers
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if config.num_nextn_predict_layers and not any(layer >= first for layer in layers):
+        _log.warning("%s holds no MTP layer, though its config.json names %d; opened without", folder, config.num_nextn_predict_layers)
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    if not config.num_nextn_predict_layers and any(layer >= first for layer in layers):
+        remedy = f"the folder holds layers beyond num_hidden_layers = {first}; set it to their number to load them"
+        raise ConfigError("num_nextn_predict_layers", 0, remedy)
+    return PublicCheckpoint(config, tensors)
 
 
 def params_from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Params, RouterBias]:
-    """Parameters and router bias, float32, from tensors of a public checkpoint (FP8 ones dequantized before).
-
-    Left out: the MTP modules' copies of embedding and head, the head of a tied model, and MTP modules beyond
-    `num_nextn_predict_layers`. Raises CheckpointError for a tensor that is missing, misshapen or unknown.
-    """
-    layout = checkpoint_layout(config)
-    _check_names(tensors, layout, config)
-    leaves = {path: np.empty(shape, np.float32) for path, shape in _shapes(config).items()}
-    for piece in layout:
-        value = np.asarray(tensors[piece.tensor])
-        if value.shape != piece.shape:
-            raise CheckpointError(piece.tensor, f"has shape {value.shape}, config.json asks for {piece.shape}")
-        leaves[piece.path][piece.where] = value if piece.path == "params/embed" else value.T
-    tree = jax.tree.unflatten(jax.tree.structure(_abstract(config)), [jnp.asarray(leaf) for leaf in leaves.values()])
-    return tree["params"], RouterBias(**tree["bias"])
-
-
-@functools.cache  # tracing the modules takes a second
-def _abstract(config: ModelConfig) -> dict[str, Any]:
-    bias = jax.eval_shape(lambda: init_router_bias(config))
-    return {"bias": bias._asdict(), "params": parameter_shapes(config)}
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its path, in the order of the tree."""
-    leaves, _ = jax.tree.flatten_with_path(_abstract(config))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-
-
-def _pieces(path: str, shape: tuple[int, ...], config: ModelConfig) -> Iterator[Piece]:
-    if path in _TOP_TENSORS:
-        yield Piece(_TOP_TENSORS[path], path, (), shape if path == "params/embed" else shape[::-1])
-        return
-    _, stack, *rest = path.split("/")
-    names = _LAYER_TENSORS["/".join(rest).removeprefix("block/")]
-    first = {"dense": 0, "moe": config.num_dense_layers, "mtp": config.num_hidden_layers}[stack]
-    for layer in range(shape[0]):
-        for expert in range(shape[1]) if "{expert}" in names[0] else (None,):
-            for part, name in enumerate(names):
-                where: tuple[int | slice, ...] = (layer,) if expert is None else (layer, expert)
-                inner = shape[len(where) :]
-                if len(names) > 1:
-                    where, inner = (*where, slice(None), part), (inner[0], *inner[2:])
-                yield Piece(f"model.layers.{first + layer}.{name.format(expert=expert)}", path, where, inner[::-1])
-
-
-def _check_names(tensors: Mapping[str, np.ndarray], layout: list[Piece], config: ModelConfig) -> None:
-    wanted = {piece.tensor: piece for piece in layout}
-    for name, piece in wanted.items():
-        if name not in tensors:
-            raise CheckpointError(name, f"is missing from the checkpoint; config.json asks for it with shape {piece.shape}")
-    for name in tensors:
-        if name not in wanted and not _is_left_out(name, config):
-            raise CheckpointError(name, "is not a tensor of the architecture that config.json describes")
-
-
-def _is_left_out(name: str, config: ModelConfig) -> bool:
-    if name == "lm_head.weight":
-        return config.tie_word_embeddings
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers + config.num_nextn_predict_layers
-    return beyond or _SHARED_COPIES.fullmatch(name) is not None
+    """Parameters and router bias, float32, from public tensors that are in memory. Raises CheckpointError."""
+    public = PublicCheckpoint(config, {name: ArrayTensor(np.asarray(values)) for name, values in tensors.items()})
+    return load_params(public, "float32", jax.sharding.SingleDeviceSharding(jax.devices()[0]))

@@ -35,14 +35,14 @@ def route(x: Float[Array, "n d"], kernel: Float[Array, "d e"], bias: Float[Array
 
 
 def choose_experts(scores: Float[Array, "n e"], config: ModelConfig) -> Int[Array, "n k"]:
-    """Top-K of the scores within the `topk_group` best groups; a group scores the sum of its K / M best (sec. 2.1.2).
+    """Top-K of the scores within the `topk_group` best groups; a group scores the sum of its K / M (or `group_top_k`) best (sec. 2.1.2).
 
     Experts of other groups are masked with -inf, not 0: biased scores may be negative.
     """
     n, e = scores.shape
     if config.n_group > 1 and config.topk_group < config.n_group:
         grouped = scores.reshape(n, config.n_group, e // config.n_group)
-        best_in_group = min(max(config.num_experts_per_tok // config.topk_group, 1), grouped.shape[-1])
+        best_in_group = min(config.group_top_k or max(config.num_experts_per_tok // config.topk_group, 1), grouped.shape[-1])
         group_scores = jax.lax.top_k(grouped, best_in_group)[0].sum(-1)
         _, groups = jax.lax.top_k(group_scores, config.topk_group)
         allowed = (groups[:, :, None] == jnp.arange(config.n_group)).any(1)

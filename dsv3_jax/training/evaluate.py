@@ -1,16 +1,20 @@
-"""Loss, bits per byte and MTP accuracy of a model on rows of held-out tokens."""
+"""Loss, bits per byte and MTP accuracy of a model on rows of held-out tokens; logits of given ones."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int
+from tqdm import tqdm
 
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.loss import HeadSums, Losses
 from dsv3_jax.model.mtp import target_weights
-from dsv3_jax.model.transformer import Params, RouterBias
+from dsv3_jax.model.transformer import Execution, Params, RouterBias, logits, trunk
 
 
 class Evaluation(NamedTuple):
@@ -62,3 +66,39 @@ def batches(rows: Int[np.ndarray, "n row"], batch: int) -> Iterator[Int[np.ndarr
 
 def _total(sums: list[HeadSums]) -> HeadSums:
     return HeadSums(*np.asarray(sums, np.float64).sum(0))
+
+
+def write_logits(params: Params, bias: RouterBias, tokens_file: Path, target: Path, config: ModelConfig, execution: Execution) -> None:
+    """Writes the scores of the next token, [B, T, V] float32, for the token ids [B, T] of a .npy file, row by row.
+
+    Raises ConfigError for a file that does not hold such ids.
+    """
+    tokens = _read_tokens(tokens_file, config)
+
+    @jax.jit
+    def forward(params: Params, bias: RouterBias, row: Array) -> Array:
+        return logits(params, trunk(params, bias, row[None], config, execution).hidden)[0]
+
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        out = np.lib.format.open_memmap(draft, "w+", np.float32, (*tokens.shape, config.vocab_size))
+        for i, row in enumerate(tqdm(tokens, "Logits", unit="row", disable=None)):
+            out[i] = forward(params, bias, jax.numpy.asarray(row, jax.numpy.int32))
+        out.flush()
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _read_tokens(path: Path, config: ModelConfig) -> np.ndarray:
+    try:
+        tokens = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError("--tokens", str(path), f"is no .npy file of token ids: {error}") from error
+    if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or tokens.size == 0:
+        raise ConfigError("--tokens", str(path), f"holds {tokens.dtype} {tokens.shape}; must be integers [B, T]")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise ConfigError("--tokens", str(path), f"holds ids {tokens.min()}..{tokens.max()}; the vocabulary is 0..{config.vocab_size - 1}")
+    if tokens.shape[1] > config.max_position_embeddings:
+        raise ConfigError("--tokens", str(path), f"has rows of {tokens.shape[1]}; the model takes {config.max_position_embeddings} tokens")
+    return tokens

@@ -345,6 +345,6 @@ def _render(workdir: Path, run: _Run, images: dict[str, tuple[str, bytes]]) -> s
         run=run,
         headline=_headline(run),
         figures=[(title, base64.b64encode(data).decode()) for title, data in images.values()],
-        config={name: list(_flat(section)) for name, section in run.config.items()},
+        config={name: list(_flat(value if isinstance(value, dict) else {name: value})) for name, value in run.config.items()},
         present={path.name for path in workdir.iterdir()},
     )

@@ -1,12 +1,16 @@
-"""A trained run, opened for use: configuration, tokenizer, and the parameters of its newest checkpoint."""
+"""A model, opened for use: configuration, tokenizer, parameters; from a run, a converted checkpoint or a public folder."""
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.config import Config, ConfigError, default_config, from_config_dict, to_dict
+from dsv3_jax.interop.huggingface import PUBLIC_CONFIG
+from dsv3_jax.interop.store import open_weights
+from dsv3_jax.interop.weights import load_params
 from dsv3_jax.model.init import init_router_bias, parameter_shapes
 from dsv3_jax.model.transformer import Execution, Params, RouterBias
 from dsv3_jax.parallel.mesh import make_mesh, replicated
@@ -16,15 +20,28 @@ from dsv3_jax.training.workdir import CHECKPOINT_DIR, TOKENIZER_FILE, load_confi
 
 
 class Run(NamedTuple):
-    """What inference and evaluation need of a run."""
+    """What inference and evaluation need of a model."""
 
+    folder: Path
     config: Config
     execution: Execution
-    tokenizer: Tokenizer
-    vocabulary: Vocabulary
     params: Params
     router_bias: RouterBias
-    step: int
+    step: int | None  # None: not from a run
+    eos_ids: tuple[int, ...]  # tokens that end a text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError where the folder has none."""
+        path = self.folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise ConfigError("tokenizer", str(path), "is missing; put the model's tokenizer.json there")
+        return Tokenizer.from_file(str(path))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Raises ConfigError for a tokenizer that is not byte-level or does not fit the model's data settings."""
+        return Vocabulary.from_tokenizer(self.tokenizer, self.config.data)
 
 
 def load_run(workdir: Path, ema: bool) -> Run:
@@ -41,4 +58,30 @@ def load_run(workdir: Path, ema: bool) -> Run:
     shapes = (parameter_shapes(config.model), jax.eval_shape(lambda: init_router_bias(config.model)))
     abstract = abstract_like(shapes, replicated(make_mesh(config.parallel.mesh)))
     params, bias = restore_model(directory, step, abstract, ema)
-    return Run(config, Execution.of(config, vocabulary.eos_id), tokenizer, vocabulary, params, bias, step)
+    return Run(workdir, config, Execution.of(config, vocabulary.eos_id), params, bias, step, (vocabulary.eos_id,))
+
+
+def load_checkpoint(folder: Path, dtype: str | None) -> Run:
+    """Opens a converted checkpoint or a public folder; `dtype` None: bfloat16 on a GPU, else float32.
+
+    Raises CheckpointError or ConfigError for a folder that cannot be used.
+    """
+    source = open_weights(folder)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    settings = default_config()
+    settings.model.update(to_dict(source.config))
+    settings.train.update(sequence_length=min(source.config.max_position_embeddings, 4096), compute_dtype=dtype)
+    settings.data.fim_rate = 0.0  # evaluation needs no fill-in-the-middle tokens
+    config = from_config_dict(settings)
+    params, bias = load_params(source, dtype, replicated(make_mesh(config.parallel.mesh)))
+    return Run(folder, config, Execution.of(config, 0), params, bias, None, _eos_ids(folder))
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """End tokens by generation_config.json or config.json, which hold one id or a list."""
+    for name in ("generation_config.json", PUBLIC_CONFIG):
+        path = folder / name
+        ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return ()

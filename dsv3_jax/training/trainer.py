@@ -18,6 +18,7 @@ from dsv3_jax.training.corpus import open_corpus
 from dsv3_jax.training.data import TrainLoader, validation_rows
 from dsv3_jax.training.ema import HostEMA, host_sharding
 from dsv3_jax.training.evaluate import Evaluation, evaluate
+from dsv3_jax.training.initial import check_initial, load_initial, with_tokenizer_of
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepPlan, plan_step
 from dsv3_jax.training.state import TrainState, create_state
@@ -52,8 +53,11 @@ class Trainer:
     def __init__(self, config: Config, workdir: Path):
         self.config, self.workdir = config, workdir
         self.mesh = make_mesh(config.parallel.mesh)
+        config = self.config = with_tokenizer_of(config)
         self.corpus = open_corpus(config.data)
         check_continues(workdir, config)
+        if config.init_from:
+            check_initial(config)
         with new_workdir(workdir, config):
             self._open_text()
         self._build_steps()
@@ -88,6 +92,9 @@ class Trainer:
         self.progress = Progress()
         if restored is None:
             self.state: TrainState = jax.jit(create, out_shardings=replicated(self.mesh))()
+            if config.init_from:
+                params, bias = load_initial(config, replicated(self.mesh))
+                self.state = self.state._replace(params=params, router_bias=bias)
         else:
             self.state, self.progress = restored.state, Progress(**restored.run["progress"])
             self.loader.restore(restored.run["data"])

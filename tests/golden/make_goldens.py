@@ -10,6 +10,7 @@ float32. Weights are rounded to values that bfloat16 can hold, so that the files
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ TOKENS = {"yarn": (1, 61), "mtp": (2, 15)}  # rows, tokens a row; (2, 17) elsewh
 WITH_GRADIENTS = ("gradients", "mtp")
 # Files whose config.json has the layout that transformers 5 writes; the others have the release's.
 TRANSFORMERS_LAYOUT = ("uncompressed_ungrouped", "yarn_unequal_mscales", "yarn_no_mscales", "linear_rope", "tied_shared_experts")
+
+Make = Callable[[str, int], dict[str, np.ndarray]]  # the contents of a file from its name and a seed
 
 
 class NearTieError(RuntimeError):
@@ -170,51 +173,68 @@ def outputs_of(model: DeepseekV3ForCausalLM, mtp: Mtp | None, ids: torch.Tensor)
     return {"logits": model(ids).logits} | ({"mtp_logits": mtp(model, ids)} if mtp else {})
 
 
-def make(name: str, seed: int) -> dict[str, np.ndarray]:
-    """The contents of one file."""
-    fields = BASE | CASES[name]
+def random_model(fields: dict[str, Any], generator: torch.Generator) -> tuple[DeepseekV3ForCausalLM, Mtp | None]:
+    """A model with random weights, and its MTP module where the fields ask for one."""
     config = DeepseekV3Config(**fields, attn_implementation="eager", experts_implementation="eager")
-    generator = torch.Generator().manual_seed(seed)
     model = DeepseekV3ForCausalLM(config).eval()
     mtp = Mtp(config).eval() if config.num_nextn_predict_layers else None
     with torch.no_grad():
         for module in (model, mtp):
             if module is not None:
                 draw(module, generator)
-    ids = torch.randint(config.vocab_size, TOKENS.get(name, (2, 17)), generator=generator)
+    return model, mtp
+
+
+def checked_outputs(model: DeepseekV3ForCausalLM, mtp: Mtp | None, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The outputs, if they are fit to be held against: raises NearTieError where rounding could change them much."""
     result = outputs_of(model, mtp, ids)
     check_far_from_ties(model, mtp, ids, result)
     if mtp is not None:
         check_against_transformers_mtp(mtp, model, ids)
-    result |= {f"tensor/{n}": value for n, value in tensors_of(model, mtp).items()}
-    if name in WITH_GRADIENTS:
-        loss_of(model, mtp, ids).backward()
-        result |= {f"gradient/{n}": value for n, value in gradients_of(model, mtp).items()}
-    config_json = config.to_json_string() if name in TRANSFORMERS_LAYOUT else json.dumps(fields)
+    return result
+
+
+def contents(config_json: str, ids: torch.Tensor, result: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """One file's arrays by their keys."""
     arrays = {key: value.detach().contiguous().numpy() for key, value in result.items()}
     return arrays | {"config": np.array(config_json), "input_ids": ids.numpy().astype(np.int32)}
 
 
-def make_without_ties(name: str, seed: int) -> dict[str, np.ndarray]:
+def make(name: str, seed: int) -> dict[str, np.ndarray]:
+    """The contents of one file."""
+    fields = BASE | CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+    model, mtp = random_model(fields, generator)
+    ids = torch.randint(fields["vocab_size"], TOKENS.get(name, (2, 17)), generator=generator)
+    result = checked_outputs(model, mtp, ids)
+    result |= {f"tensor/{n}": value for n, value in tensors_of(model, mtp).items()}
+    if name in WITH_GRADIENTS:
+        loss_of(model, mtp, ids).backward()
+        result |= {f"gradient/{n}": value for n, value in gradients_of(model, mtp).items()}
+    return contents(model.config.to_json_string() if name in TRANSFORMERS_LAYOUT else json.dumps(fields), ids, result)
+
+
+def make_without_ties(make_one: Make, name: str, seed: int, step: int) -> dict[str, np.ndarray]:
     """The contents of one file, from the first of a row of seeds that is good for it."""
     while True:
         try:
-            return make(name, seed)
+            return make_one(name, seed)
         except NearTieError as error:
             print(f"{name}: seed {seed} has a near tie ({error})")
-            seed += len(CASES)
+            seed += step
 
 
-def main() -> None:
+def write_files(names: Iterable[str], make_one: Make) -> None:
+    """A file beside this script for every name."""
     torch.set_num_threads(1)
-    folder = Path(__file__).parent
-    for seed, name in enumerate(CASES):
+    folder, names = Path(__file__).parent, list(names)
+    for seed, name in enumerate(names):
         target = folder / f"{name}.npz"
         temporary = folder / f"{name}.partial.npz"
-        np.savez_compressed(temporary, **make_without_ties(name, seed))
+        np.savez_compressed(temporary, **make_without_ties(make_one, name, seed, len(names)))
         os.replace(temporary, target)
         print(f"{target.name}: {target.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
-    main()
+    write_files(CASES, make)
