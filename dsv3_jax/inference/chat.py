@@ -27,13 +27,22 @@ def render_chat(folder: Path, messages: Sequence[dict[str, str]]) -> str:
     tokens = {name: _text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     try:
         return environment.from_string(template).render(messages=list(messages), add_generation_prompt=True, **tokens)
-    except jinja2.TemplateError as error:
-        raise ConfigError("--chat", str(folder), f"the chat template fails: {error}") from error
+    except Exception as error:  # a template is a program and can raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError("--chat", str(folder), f"the chat template fails: {type(error).__name__}: {reason}") from error
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("--chat", str(path), f"cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError("--chat", str(path), "is no JSON object")
+    return settings
 
 
 def _text(token: Any) -> str:

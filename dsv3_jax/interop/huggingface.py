@@ -190,18 +190,23 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a public folder. Raises CheckpointError when there is none or it is no JSON object."""
-    path = folder / PUBLIC_CONFIG
+    return read_object(folder, PUBLIC_CONFIG)
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object beside the weights. Raises CheckpointError when there is none."""
+    path = folder / name
     try:
         if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(PUBLIC_CONFIG, f"has {path.stat().st_size} bytes, more than any configuration needs", folder)
-        config = json.loads(path.read_text(encoding="utf-8"))
+            raise CheckpointError(name, f"has {path.stat().st_size} bytes, more than any configuration needs", folder)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(PUBLIC_CONFIG, f"cannot be read: {str(error).splitlines()[0][:200]}", folder) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(PUBLIC_CONFIG, "is not a JSON object", folder)
-    return config
+        raise CheckpointError(name, f"cannot be read: {str(error).splitlines()[0][:200]}", folder) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(name, "is not a JSON object", folder)
+    return value
 
 
 def open_public(folder: Path) -> PublicCheckpoint:

@@ -115,15 +115,16 @@ def unfinished(target: Path, identity: dict[str, Any]) -> Iterator[Path]:
     """
     if target.exists():
         raise ConfigError("target", str(target), "exists; give a new folder or remove it")
-    draft, note = target.with_name(target.name + ".partial"), "writing.json"
-    if draft.exists() and (not (draft / note).is_file() or json.loads((draft / note).read_text()) != identity):
+    draft, note, text = target.with_name(target.name + ".partial"), "writing.json", json.dumps(identity)
+    if draft.exists() and any(draft.iterdir()) and (not (draft / note).is_file() or (draft / note).read_text() != text):
         raise ConfigError("target", str(target), f"{draft} is left over from another conversion; remove it")
     draft.mkdir(parents=True, exist_ok=True)
-    (draft / note).write_text(json.dumps(identity))
+    if not (draft / note).exists():
+        (draft / note).write_text(text)
     yield draft
+    draft.rename(target)  # before the notes go: killed in between, the target is whole and has two files too many
     for name in (note, "done.txt"):
-        (draft / name).unlink(missing_ok=True)
-    draft.rename(target)
+        (target / name).unlink(missing_ok=True)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

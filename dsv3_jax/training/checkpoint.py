@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.model.transformer import RouterBias
 from dsv3_jax.training.metrics import write_json
 from dsv3_jax.training.state import TrainState
 
@@ -87,7 +89,9 @@ class Checkpointer:
         if ema_like is not None:
             items["ema"] = ocp.args.StandardRestore(ema_like)
         read = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore(), **items))
-        return Restored(_join(read.model, read.optimizer), read.ema if ema_like is not None else None, read.run)
+        state = _join(read.model, read.optimizer)
+        state = state._replace(router_bias=_with_empty(state.router_bias, abstract.router_bias))
+        return Restored(state, read.ema if ema_like is not None else None, read.run)
 
     def save(self, step: int, state: TrainState, ema: PyTree | None, run: dict[str, Any]) -> None:
         """Starts saving; the state may be donated once this returns. A step that is saved already is left as it is."""
@@ -156,17 +160,28 @@ def newest_sound_step(directory: Path) -> int | None:
 def restore_model(directory: Path, step: int, abstract: PyTree, ema: bool) -> tuple[PyTree, PyTree]:
     """Parameters (or their moving average) and router bias of a checkpoint; `abstract` is (params, router_bias)."""
     params, bias = abstract
-    items = {"model": ocp.args.StandardRestore({"params": params, "router_bias": bias})}
+    items = {"model": ocp.args.StandardRestore({"params": params, "router_bias": _without_empty(bias)})}
     if ema:
         items["ema"] = ocp.args.StandardRestore(params)
     with ocp.CheckpointManager(directory.absolute()) as manager:
         read = manager.restore(step, args=ocp.args.Composite(**items))
-    return read.ema if ema else read.model["params"], read.model["router_bias"]
+    return read.ema if ema else read.model["params"], _with_empty(read.model["router_bias"], bias)
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    model = {"params": state.params, "router_bias": state.router_bias}
+    model = {"params": state.params, "router_bias": _without_empty(state.router_bias)}
     return model, {"opt_state": state.opt_state, "step": state.step, "skipped_in_a_row": state.skipped_in_a_row}
+
+
+def _without_empty(bias: RouterBias) -> RouterBias:
+    """The bias with None for the array of no layer (a model without MTP, or without MoE layers): orbax stores no empty arrays."""
+    return jax.tree.map(lambda array: array if array.size else None, bias)
+
+
+def _with_empty(stored: RouterBias, abstract: RouterBias) -> RouterBias:
+    return RouterBias(
+        *(jnp.zeros(like.shape, like.dtype) if array is None else array for array, like in zip(stored, abstract, strict=True))
+    )
 
 
 def _join(model: dict[str, Any], optimizer: dict[str, Any]) -> TrainState:

@@ -1,6 +1,5 @@
 """A model, opened for use: configuration, tokenizer, parameters; from a run, a converted checkpoint or a public folder."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,8 @@ import jax
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import Config, ConfigError, default_config, from_config_dict, to_dict
-from dsv3_jax.interop.huggingface import PUBLIC_CONFIG
+from dsv3_jax.interop.huggingface import PUBLIC_CONFIG, read_object
+from dsv3_jax.interop.safetensors import CheckpointError
 from dsv3_jax.interop.store import open_weights
 from dsv3_jax.interop.weights import load_params
 from dsv3_jax.model.init import init_router_bias, parameter_shapes
@@ -36,7 +36,10 @@ class Run(NamedTuple):
         path = self.folder / TOKENIZER_FILE
         if not path.is_file():
             raise ConfigError("tokenizer", str(path), "is missing; put the model's tokenizer.json there")
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ConfigError("tokenizer", str(path), f"is no tokenizer.json that can be read: {error}") from error
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -80,8 +83,10 @@ def load_checkpoint(folder: Path, dtype: str | None) -> Run:
 def _eos_ids(folder: Path) -> tuple[int, ...]:
     """End tokens by generation_config.json or config.json, which hold one id or a list."""
     for name in ("generation_config.json", PUBLIC_CONFIG):
-        path = folder / name
-        ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        ids = read_object(folder, name).get("eos_token_id") if (folder / name).is_file() else None
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(token) is int for token in ids):
+                raise CheckpointError("eos_token_id", f"is {ids!r}; must be a token's id, or a list of them", folder / name)
+            return tuple(ids)
     return ()
