@@ -146,8 +146,12 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Which implementation computes attention."""
+    """How the products of linear layers are made, and which implementation computes attention (V3 sec. 3.3)."""
 
+    policy: str = "bf16"  # bf16 (products in train.compute_dtype) | fp8 (E4M3 for Fprop, Dgrad and Wgrad of linear layers)
+    activation_tile: str = "1x128"  # share one FP8 scale: 1x128 | 128x128 | tensor; inputs of linear layers
+    gradient_tile: str = "1x128"  # gradients of their outputs
+    weight_tile: str = "128x128"
     impl: str = "auto"  # auto (cuDNN for bf16 on a GPU) | reference
 
 
@@ -261,6 +265,8 @@ _CHOICES = {
     "train.remat": ("none", "selective", "full"),
     "train.balance": ("loss_free", "auxiliary", "sequence_wise", "batch_wise"),
     "precision.impl": ("auto", "reference"),
+    "precision.policy": ("bf16", "fp8"),
+    **{f"precision.{name}_tile": ("1x128", "128x128", "tensor") for name in ("activation", "gradient", "weight")},
 }
 _POSITIVE = (
     "model.vocab_size", "model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads",

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.precision.linear import linear
+from dsv3_jax.precision.linear import linear, swiglu_linear
+from dsv3_jax.precision.policy import BF16, LINEAR, Recipe, Role
 
 
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
@@ -18,12 +18,6 @@ def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> 
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * scale).astype(x.dtype)
-
-
-def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
-    """`silu(gate) * up` of a row that holds [gate, up]."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -100,11 +94,13 @@ class Linear(nn.Module):
 
     features: int
     init_std: float
+    recipe: Recipe = BF16
+    role: Role = LINEAR
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), jnp.float32)
-        return linear(x, kernel)
+        return linear(x, kernel, self.recipe, self.role)
 
 
 class SwiGLU(nn.Module):
@@ -112,6 +108,7 @@ class SwiGLU(nn.Module):
 
     ffn_size: int
     init_std: float
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -119,5 +116,4 @@ class SwiGLU(nn.Module):
         normal = nn.initializers.normal(self.init_std)
         gate_up = self.param("gate_up_proj", normal, (d, 2, self.ffn_size), jnp.float32)
         down = self.param("down_proj", normal, (self.ffn_size, d), jnp.float32)
-        hidden = checkpoint_name(linear(x, gate_up.reshape(d, -1)), "swiglu_in")
-        return linear(swiglu(hidden), down)
+        return swiglu_linear(linear(x, gate_up.reshape(d, -1), self.recipe), down, self.recipe)

@@ -17,6 +17,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention
 from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
 from dsv3_jax.precision.linear import linear
+from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -37,9 +38,10 @@ def expanded_attention(
     scale: float,
     segment_ids: Int[Array, "b t"] | None,
     impl: str,
+    recipe: Recipe = BF16,
 ) -> Float[Array, "b t h v"]:
     """Training form: keys `[c_kv W_UK ; k_r]` and values `c_kv W_UV` for every head (eq. 4-10)."""
-    keys_values = linear(latent.c_kv, kv_b_proj).reshape(*q_c.shape[:3], -1)
+    keys_values = linear(latent.c_kv, kv_b_proj, recipe).reshape(*q_c.shape[:3], -1)
     k_c, v = jnp.split(keys_values, [q_c.shape[-1]], axis=-1)
     k_r = jnp.broadcast_to(latent.k_r[:, :, None], (*k_c.shape[:3], latent.k_r.shape[-1]))
     q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
@@ -77,27 +79,29 @@ class MLA(nn.Module):
 
     config: ModelConfig
     impl: str
+    recipe: Recipe = BF16
 
     def setup(self) -> None:
         c = self.config
         std, heads = c.initializer_range, c.num_attention_heads
         if c.q_lora_rank is None:
-            self.q_proj = Linear(heads * c.qk_head_dim, std)
+            self.q_proj = Linear(heads * c.qk_head_dim, std, self.recipe)
         else:
-            self.q_a_proj = Linear(c.q_lora_rank, std)
+            self.q_a_proj = Linear(c.q_lora_rank, std, self.recipe)
             self.q_a_layernorm = RMSNorm(LATENT_NORM_EPS)
-            self.q_b_proj = Linear(heads * c.qk_head_dim, std)
-        self.kv_a_proj_with_mqa = Linear(c.kv_lora_rank + c.qk_rope_head_dim, std)
+            self.q_b_proj = Linear(heads * c.qk_head_dim, std, self.recipe)
+        self.kv_a_proj_with_mqa = Linear(c.kv_lora_rank + c.qk_rope_head_dim, std, self.recipe)
         self.kv_a_layernorm = RMSNorm(LATENT_NORM_EPS)
         up_shape = (c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.kv_b_proj = self.param("kv_b_proj", nn.initializers.normal(std), up_shape, jnp.float32)
-        self.o_proj = Linear(c.hidden_size, std)
+        self.o_proj = Linear(c.hidden_size, std, self.recipe, AFTER_ATTENTION)
 
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
         q_c, q_r = self._queries(x, positions)
         latent = self._latent(x, positions)
-        out = expanded_attention(q_c, q_r, latent, self.kv_b_proj, softmax_scale(self.config), segment_ids, self.impl)
-        return self._project(checkpoint_name(out, "attention_out"))
+        out = expanded_attention(q_c, q_r, latent, self.kv_b_proj, softmax_scale(self.config), segment_ids, self.impl, self.recipe)
+        # In FP8 the next product keeps it, as E5M6 under the same name.
+        return self._project(out if self.recipe.fp8 else checkpoint_name(out, "attention_out"))
 
     def decode(
         self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Latent, mask: Bool[Array, "b t s"]

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import SwiGLU, swiglu
+from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
-from dsv3_jax.precision.linear import grouped_linear
+from dsv3_jax.precision.linear import grouped_linear, grouped_swiglu_linear
+from dsv3_jax.precision.policy import BF16, EXPERT_UP, Recipe
+from dsv3_jax.precision.quantize import BLOCK
 
 
 class BlockPlan(NamedTuple):
@@ -103,6 +104,7 @@ def expert_ffn(
     gate_up: Float[Array, "e d 2 f"],
     down: Float[Array, "e f d"],
     rows: int,
+    recipe: Recipe = BF16,
 ) -> Float[Array, "n d"]:
     """Sum over each token's experts of `gate * down(silu(x W_gate) * (x W_up))`.
 
@@ -112,17 +114,16 @@ def expert_ffn(
     e, d = gate_up.shape[:2]
     plan = plan_blocks(routing.experts, e, rows)
     blocks = dispatch(x, plan).reshape(-1, rows, d)
-    hidden = grouped_linear(blocks, gate_up.reshape(e, d, -1), plan.block_expert)
-    hidden = checkpoint_name(hidden, "swiglu_in")
+    hidden = grouped_linear(blocks, gate_up.reshape(e, d, -1), plan.block_expert, recipe, EXPERT_UP)
     gates = rows_of_gates(routing.gates, plan).reshape(-1, rows, 1)
-    activated = swiglu(hidden) * gates.astype(x.dtype)
-    return combine(grouped_linear(activated, down, plan.block_expert).reshape(-1, d), plan)
+    return combine(grouped_swiglu_linear(hidden, gates, down, plan.block_expert, recipe).reshape(-1, d), plan)
 
 
 class Experts(nn.Module):
     """Parameters of the routed experts, stacked on a leading expert axis."""
 
     config: ModelConfig
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], routing: Routing) -> Float[Array, "n d"]:
@@ -131,7 +132,9 @@ class Experts(nn.Module):
         gate_up = self.param("gate_up_proj", normal, (c.n_routed_experts, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
         down = self.param("down_proj", normal, (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size), jnp.float32)
         rows = block_rows(routing.experts.size, c.n_routed_experts, jax.default_backend())
-        return expert_ffn(x, routing, gate_up, down, rows)
+        if self.recipe.fp8:
+            rows = max(rows, BLOCK)  # a tile of Wgrad lies within a block
+        return expert_ffn(x, routing, gate_up, down, rows, self.recipe)
 
 
 class MoE(nn.Module):
@@ -139,6 +142,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     balance: str
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], weights: Float[Array, "b t"]) -> MoEOutput:
@@ -146,8 +150,9 @@ class MoE(nn.Module):
         flat = x.reshape(-1, c.hidden_size)
         kernel = self.param("router", nn.initializers.normal(c.initializer_range), (c.hidden_size, c.n_routed_experts), jnp.float32)
         routing = route(flat, kernel, bias, c)
-        y = Experts(c, name="experts")(flat, routing)
+        y = Experts(c, self.recipe, name="experts")(flat, routing)
         if c.n_shared_experts:
-            y = y + SwiGLU(c.n_shared_experts * c.moe_intermediate_size, c.initializer_range, name="shared_experts")(flat)
+            width = c.n_shared_experts * c.moe_intermediate_size
+            y = y + SwiGLU(width, c.initializer_range, self.recipe, name="shared_experts")(flat)
         load = picked_counts(routing.experts, weights.reshape(-1), c.n_routed_experts)
         return MoEOutput(y.reshape(x.shape), load, balance_loss(routing, weights, self.balance, c))

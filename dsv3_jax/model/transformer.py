@@ -22,6 +22,7 @@ from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
 from dsv3_jax.model.mla import MLA, Latent
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.precision.policy import BF16, Recipe
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -40,13 +41,15 @@ class Execution:
     impl: str = "auto"  # of attention and products
     remat: str = "none"
     balance: str = "loss_free"
+    recipe: Recipe = BF16  # of the products of linear layers
     document_eos: int | None = None  # set: attention and losses stop at this token
 
     @classmethod
     def of(cls, config: Config, eos_id: int) -> "Execution":
         """The execution that a run's configuration asks for."""
         document_eos = eos_id if config.data.document_mask else None
-        return cls(config.train.compute_dtype, config.precision.impl, config.train.remat, config.train.balance, document_eos)
+        recipe = Recipe.of(config.precision)
+        return cls(config.train.compute_dtype, config.precision.impl, config.train.remat, config.train.balance, recipe, document_eos)
 
 
 class RouterBias(NamedTuple):
@@ -82,9 +85,10 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.input_layernorm = RMSNorm(c.rms_norm_eps)
-        self.self_attn = MLA(c, self.execution.impl)
+        self.self_attn = MLA(c, self.execution.impl, self.execution.recipe)
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
-        self.mlp = MoE(c, self.execution.balance) if self.is_moe else SwiGLU(c.intermediate_size, c.initializer_range)
+        recipe = self.execution.recipe
+        self.mlp = MoE(c, self.execution.balance, recipe) if self.is_moe else SwiGLU(c.intermediate_size, c.initializer_range, recipe)
 
     def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], context: TokenContext) -> BlockOutput:
         x = x + self.self_attn(self.input_layernorm(x), context.positions, context.segment_ids)

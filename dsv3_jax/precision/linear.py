@@ -1,77 +1,172 @@
 """The one door to every matrix product of the model.
 
-`linear` multiplies activations by one kernel, `grouped_linear` multiplies blocks of rows each by its own
-expert's kernel. Master weights are float32; they are cast to the dtype of the activations here, at the
-moment of use. Both are `custom_vjp`s so that the three products of a Linear (V3 sec. 3.3: Fprop, Dgrad,
-Wgrad) are visible, and so that weight gradients leave in float32 whatever the activations are.
+`linear` multiplies activations by one kernel, `grouped_linear` multiplies blocks of rows each by its own expert's
+kernel; `swiglu_linear` and `grouped_swiglu_linear` put the activation of an FFN before that. Each is a `custom_vjp`,
+so that the three products of a Linear are visible (V3 sec. 3.3.1):
+
+    Fprop  y  = x W          FP8: 1x128 by 128x128
+    Dgrad  dx = dy W^T       FP8: 1x128 by 128x128
+    Wgrad  dW = x^T dy       FP8: 1x128 by 128x1, both tiles along tokens; summed and returned in float32
+
+Master weights are float32 and are cast, or quantized, here at the moment of use. What a backward pass keeps of x is
+x itself in the dtype of activations, or in FP8 its values and scales.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.precision.formats import E4M3
+from dsv3_jax.precision.matmul import quantized_matmul
+from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, LINEAR, Recipe, Role
+from dsv3_jax.precision.quantize import Quantized, dequantize, quantize
 
-@jax.custom_vjp
-def linear(x: Float[Array, "*b k"], kernel: Float[Array, "k n"]) -> Float[Array, "*b n"]:
-    """Fprop: `x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum)."""
-    return x @ kernel.astype(x.dtype)
-
-
-def _linear_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, kernel), (x, kernel)
+BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
 
 
-def _linear_bwd(residual: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = residual
-    dx = dy @ kernel.astype(x.dtype).T
-    dw = jnp.einsum("mk,mn->kn", _rows(x), _rows(dy), preferred_element_type=jnp.float32)
-    return dx, dw.astype(kernel.dtype)
+def linear(x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR) -> Float[Array, "*b n"]:
+    """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum)."""
+    return _product(_rows(x), kernel, None, recipe, role).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def grouped_linear(
+    x: Float[Array, "blocks rows k"],
+    kernel: Float[Array, "experts k n"],
+    block_expert: Int[Array, " blocks"],
+    recipe: Recipe = BF16,
+    role: Role = LINEAR,
+) -> Float[Array, "blocks rows n"]:
+    """Each block of rows times the kernel of its expert; `block_expert` is sorted, experts may own no block.
+
+    Rows that pad a block are zero, so they add nothing to Wgrad. The kernels of all blocks are gathered
+    first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
+    costs as many times more as there are experts. In FP8 the tiles of Wgrad along rows start with each block.
+    """
+    return _product(x, kernel, block_expert, recipe, role)
+
+
+def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
+    """`silu(gate) * up` of a row that holds [gate, up]."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def swiglu_linear(hidden: Float[Array, "*b two_f"], kernel: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
+    """`swiglu(hidden) @ kernel`; the backward pass keeps `hidden` (in FP8: quantized) and computes the activation again."""
+    ones = jnp.ones((), hidden.dtype)
+    return _swiglu_product(_rows(hidden), ones, kernel, None, recipe, LINEAR).reshape(*hidden.shape[:-1], kernel.shape[1])
+
+
+def grouped_swiglu_linear(
+    hidden: Float[Array, "blocks rows two_f"],
+    gates: Float[Array, "blocks rows 1"],
+    kernel: Float[Array, "experts f n"],
+    block_expert: Int[Array, " blocks"],
+    recipe: Recipe = BF16,
+) -> Float[Array, "blocks rows n"]:
+    """`(gates * swiglu(hidden)) @ kernel[block_expert]`: the down-projection of routed experts."""
+    return _swiglu_product(hidden, gates.astype(hidden.dtype), kernel, block_expert, recipe, EXPERT_DOWN)
+
+
+# --- one product and its gradients ---
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+    return _fprop(x, kernel, block_expert, recipe, role)
+
+
+def _product_fwd(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
+    kept = _named(_kept(x, recipe, role), role.name) if recipe.fp8 else x
+    return _fprop(x, kernel, block_expert, recipe, role), (kept, kernel, block_expert)
+
+
+def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None]:
+    kept, kernel, block_expert = residual
+    return (*_gradients(kept, kernel, block_expert, dy, recipe, role), None)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _swiglu_product(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+    return _fprop(swiglu(hidden) * gates, kernel, block_expert, recipe, role)
+
+
+def _swiglu_fwd(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
+    kept = _named(quantize(hidden, recipe.input_tile) if recipe.fp8 else hidden, "swiglu_in")
+    y = _fprop(swiglu(hidden) * gates, kernel, block_expert, recipe, role)
+    return y, (kept, gates, kernel, block_expert)
+
+
+def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
+    kept, gates, kernel, block_expert = residual
+    hidden = dequantize(kept, dy.dtype.name) if recipe.fp8 else kept
+    activated, gradient_of_activation = jax.vjp(lambda h, g: swiglu(h) * g, hidden, gates)
+    again = _kept(activated, recipe, role) if recipe.fp8 else activated
+    d_activated, d_kernel = _gradients(again, kernel, block_expert, dy, recipe, role)
+    return (*gradient_of_activation(d_activated), d_kernel, None)
+
+
+_swiglu_product.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def _kept(x: Array, recipe: Recipe, role: Role) -> Quantized:
+    """The input as the backward pass keeps it."""
+    return quantize(x, recipe.input_tile, role.stored, role.wgrad_power_of_two)
+
+
+def _named(kept: Array | Quantized, name: str) -> Array | Quantized:
+    return jax.tree.map(lambda part: checkpoint_name(part, name), kept)
+
+
+def _fprop(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+    if not recipe.fp8:
+        return jnp.matmul(x, _of_blocks(kernel.astype(x.dtype), block_expert))
+    inputs = quantize(x, recipe.input_tile, E4M3, role.input_power_of_two)
+    return quantized_matmul(inputs, _quantized_kernel(kernel, block_expert, recipe)).astype(x.dtype)
+
+
+def _gradients(
+    kept: Array | Quantized, kernel: Array, block_expert: BlockExpert, dy: Array, recipe: Recipe, role: Role
+) -> tuple[Array, Array]:
+    """Dgrad and Wgrad."""
+    if isinstance(kept, Quantized):
+        gradient = quantize(dy, recipe.gradient_tile, E4M3, role.gradient_power_of_two)
+        dx = quantized_matmul(gradient, _quantized_kernel(kernel, block_expert, recipe).transpose()).astype(dy.dtype)
+        columns = quantize(dequantize(kept).mT, recipe.input_tile, E4M3, role.wgrad_power_of_two)
+        rows = quantize(dy, recipe.gradient_tile[::-1], E4M3, role.gradient_power_of_two)
+        return dx, _sum_over_blocks(quantized_matmul(columns, rows), kernel, block_expert)
+    dx = jnp.matmul(dy, _of_blocks(kernel.astype(dy.dtype), block_expert).mT)
+    by_block = jnp.einsum("...mk,...mn->...kn", kept, dy, preferred_element_type=jnp.float32)
+    return dx, _sum_over_blocks(by_block, kernel, block_expert)
 
 
 def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-linear.defvjp(_linear_fwd, _linear_bwd)
+def _of_blocks(per_expert: Array, block_expert: BlockExpert) -> Array:
+    return per_expert if block_expert is None else per_expert.at[block_expert].get(mode="promise_in_bounds")
 
 
-@jax.custom_vjp
-def grouped_linear(
-    x: Float[Array, "blocks rows k"], kernel: Float[Array, "experts k n"], block_expert: Int[Array, " blocks"]
-) -> Float[Array, "blocks rows n"]:
-    """Each block of rows times the kernel of its expert; `block_expert` is sorted, experts may own no block.
-
-    Rows that pad a block are zero, so they add nothing to Wgrad. The kernels of all blocks are gathered
-    first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
-    costs as many times more as there are experts.
-    """
-    return jnp.einsum("brk,bkn->brn", x, _kernel_of_blocks(kernel, block_expert, x.dtype))
+def _quantized_kernel(kernel: Array, block_expert: BlockExpert, recipe: Recipe) -> Quantized:
+    return jax.tree.map(lambda part: _of_blocks(part, block_expert), quantize(kernel, recipe.weight_tile))
 
 
-def _kernel_of_blocks(kernel: Array, block_expert: Array, dtype: jnp.dtype) -> Array:
-    return kernel.astype(dtype).at[block_expert].get(mode="promise_in_bounds")
-
-
-def _grouped_fwd(x: Array, kernel: Array, block_expert: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return grouped_linear(x, kernel, block_expert), (x, kernel, block_expert)
-
-
-def _grouped_bwd(residual: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
-    x, kernel, block_expert = residual
-    dx = jnp.einsum("brn,bkn->brk", dy, _kernel_of_blocks(kernel, block_expert, x.dtype))
-    return dx, _grouped_wgrad(x, dy, block_expert, kernel.shape).astype(kernel.dtype), None
-
-
-def _grouped_wgrad(x: Array, dy: Array, block_expert: Array, shape: tuple[int, ...]) -> Array:
-    """Sums each block's `x^T dy` into its expert, always in the same order.
+def _sum_over_blocks(by_block: Array, kernel: Array, block_expert: BlockExpert) -> Array:
+    """Adds each block's `x^T dy` to its expert, always in the same order; in the dtype of the kernel.
 
     On a GPU the sum is a product with the one-hot experts: XLA's scatter fails to compile at these sizes there.
     """
-    by_block = jnp.einsum("brk,brn->bkn", x, dy, preferred_element_type=jnp.float32)
+    if block_expert is None:
+        return by_block.astype(kernel.dtype)
+    experts = kernel.shape[0]
     if jax.default_backend() == "cpu":
-        return jax.ops.segment_sum(by_block, block_expert, shape[0], indices_are_sorted=True)
-    one_hot = jax.nn.one_hot(block_expert, shape[0], dtype=jnp.float32)
-    return jnp.einsum("be,bkn->ekn", one_hot, by_block, precision=jax.lax.Precision.HIGHEST)
-
-
-grouped_linear.defvjp(_grouped_fwd, _grouped_bwd)
+        return jax.ops.segment_sum(by_block, block_expert, experts, indices_are_sorted=True).astype(kernel.dtype)
+    one_hot = jax.nn.one_hot(block_expert, experts, dtype=jnp.float32)
+    return jnp.einsum("be,bkn->ekn", one_hot, by_block, precision=jax.lax.Precision.HIGHEST).astype(kernel.dtype)

@@ -297,7 +297,6 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
         "norms": tokens * copies * (2 * m.hidden_size + (m.q_lora_rank or 0) + m.kv_lora_rank),
         "queries_keys_values": tokens * heads * (2 * m.qk_head_dim + m.v_head_dim) * itemsize,
         "attention_scores": tokens * heads * (config.train.sequence_length * per_score + 2 * FLOAT32_BYTES),
-        "swiglu": 4 * _ffn_elements(m, is_moe, tokens) * itemsize,
         "expert_inputs": buffer_rows(m, tokens) * m.hidden_size * itemsize if is_moe else 0,
     }
 

@@ -38,6 +38,8 @@ SMALLER = dataclasses.replace(MICRO, model=dataclasses.replace(MICRO.model, **ON
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|reply|>{% endif %}"
 )
+
+pytestmark = pytest.mark.slow
 HELLO = [{"role": "user", "content": "hello"}]
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

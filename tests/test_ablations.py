@@ -1,0 +1,39 @@
+"""Every ablation runs once, as a user runs it, at a size that is only good for that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+MICRO = [
+    "--config=tests/micro_config.py",
+    "--config.data.held_out=0.2",
+    "--config.model.num_hidden_layers=1",
+    "--config.model.first_k_dense_replace=0",
+    "--config.model.num_nextn_predict_layers=0",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "figures"),
+    [
+        ("accumulation", ["--steps=1", "--rows=4", "--largest_k=512"], ("errors_percent",)),
+        ("fp8_vs_bf16", [*MICRO, "--steps=2"], ("mean_error", "largest_error", "chance_mean")),
+        ("quant_granularity", [*MICRO, "--steps=1"], ("val_loss", "errors")),
+        ("state_precision", [*MICRO, "--steps=2"], ("val_loss_difference",)),
+    ],
+)
+def test_leaves_a_plot_a_table_and_a_verdict(name, arguments, figures, tmp_path):
+    command = [sys.executable, "-m", f"experiments.ablations.{name}", f"--workdir={tmp_path}", *arguments]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["verdict"] in done.stdout and "ublished" in result["verdict"]
+    assert all(figure in result for figure in figures)
+    assert (tmp_path / "plot.png").stat().st_size > 5000 and "| --- |" in (tmp_path / "table.md").read_text()
