@@ -7,8 +7,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.slow
-
 NOTEBOOKS = sorted(Path(__file__).parents[1].joinpath("notebooks").glob("*.ipynb"))
 SMALL = {
     "model.vocab_size": 300, "model.hidden_size": 32, "model.intermediate_size": 48, "model.moe_intermediate_size": 16,

@@ -29,8 +29,8 @@ TILES = ("1x128", "128x128", "tensor")
 def main() -> int:
     config = study.read_config(CONFIG, STEPS.value)
     plain = study.changed(config, precision={"policy": "bf16"})
-    fp8 = {f"activations {tile}": {"policy": "fp8", "activation_tile": tile} for tile in TILES}
-    fp8 |= {f"gradients {tile}": {"policy": "fp8", "gradient_tile": tile} for tile in TILES[1:]}
+    fp8 = {f"activations-{tile}": {"policy": "fp8", "activation_tile": tile} for tile in TILES}
+    fp8 |= {f"gradients-{tile}": {"policy": "fp8", "gradient_tile": tile} for tile in TILES[1:]}
     variants = {"none": plain} | {name: study.changed(config, precision=change) for name, change in fp8.items()}
     workdir = Path(WORKDIR.value)
     curves = study.train_variants(variants, workdir)
@@ -48,7 +48,7 @@ def main() -> int:
     header = ["FP8 scales", "validation loss", "error of gradients, mean", "first layer", "last layer"]
     table_rows = [["no FP8", f"{curves['none'].val_loss:.4f}", "", "", ""]]
     table_rows += [[name, f"{curves[name].val_loss:.4f}", f"{e.mean():.2%}", f"{e[0]:.2%}", f"{e[-1]:.2%}"] for name, e in errors.items()]
-    blockwise, tilewise = errors["gradients 128x128"].mean(), errors["activations 1x128"].mean()
+    blockwise, tilewise = errors["gradients-128x128"].mean(), errors["activations-1x128"].mean()
     verdict = (
         f"Gradient scales per 128x128 block give {blockwise / tilewise:.2f} times the gradient error of 1x128 "
         f"({blockwise:.2%} against {tilewise:.2%}). "
