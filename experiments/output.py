@@ -1,0 +1,22 @@
+"""What commands print and write: tables, and paths that can be written to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsv3_jax.config import ConfigError
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows as text in columns; `align` has < or > for each. A rule follows the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def check_output(flag: str, name: str) -> None:
+    """Raises ConfigError unless `name` can become a file: for a command to call before it works."""
+    folder = Path(name).parent
+    if not folder.is_dir():
+        raise ConfigError(flag, name, f"there is no folder {folder}; make it first")
+    if Path(name).is_dir():
+        raise ConfigError(flag, name, "is a folder; name a file")
