@@ -1,0 +1,101 @@
+"""Products of FP8 operands with fine-grained scales (V3 sec. 3.3.2): Fprop and Dgrad, and Wgrad.
+
+Operands are E4M3 with the contraction last, as `pallas_kernels.quantize` returns them: a and its scales from
+`quantize_rows` (or the transposed tiles of `quantize_both`, for Wgrad), b from `quantize_blocks`. `impl` is
+"reference", "pallas" (Hopper) or "auto" (the kernel where there is a Hopper GPU). Any m; n in multiples of 16, or
+`NotImplementedError`; operands whose k is no multiple of 128 are padded, which copies them.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Float32
+
+from pallas_kernels.backend import sm_count, use_pallas
+from pallas_kernels.gemm import hopper, reference
+from pallas_kernels.gemm.tiles import choose
+
+GROUP = reference.GROUP
+
+
+def gemm(
+    a: Float[Array, "m k"],
+    a_scales: Float32[Array, "kb mp"],
+    b: Float[Array, "n k"],
+    b_scales: Float32[Array, "nb kb"],
+    impl: str = "auto",
+) -> BFloat16[Array, "m n"]:
+    """`a @ b.T`: a in 1x128 tiles with scales [k / 128, rows], b in 128x128 blocks. Fprop, and Dgrad with b = W^T's rows."""
+    check_operands(a, b)
+    if not use_pallas(impl):
+        return reference.gemm(a, a_scales, b, b_scales)
+    return run(hopper.Product("block"), (a, a_scales, b, b_scales, None))
+
+
+def wgrad(
+    a: Float[Array, "m k"],
+    a_scales: Float32[Array, "kb m"],
+    b: Float[Array, "n k"],
+    b_scales: Float32[Array, "kb n"],
+    addend: Float32[Array, "m n"] | None = None,
+    impl: str = "auto",
+) -> Float32[Array, "m n"]:
+    """`a @ b.T` (plus `addend`) in float32, both in 1x128 tiles along k, which are the tokens: a = x^T, b = dy^T."""
+    check_operands(a, b)
+    if not use_pallas(impl):
+        return reference.wgrad(a, a_scales, b, b_scales, addend)
+    return run(hopper.Product("row", out="float32"), (a, a_scales, b, b_scales, None), addend=addend)
+
+
+Operands = tuple[Array, Array | None, Array, Array | None, Array | None]  # a, a_scales, b, b_scales, index of groups
+
+
+def run(
+    product: hopper.Product, operands: Operands, n_groups: int = 1, rows_together: int | None = None, addend: Array | None = None
+) -> Array:
+    """The kernel with the tile that the model picks, on operands that it can load (see `whole_tiles`).
+
+    Edge tiles have no addend to load: then it is added afterwards.
+    """
+    a, a_scales, b, b_scales, index = operands
+    check_columns(b)
+    rows = a.shape[-2]
+    a, b = whole_tiles(a), whole_tiles(b)
+    sms = sm_count()
+    config = choose(product, a.shape, b.shape, sms, n_groups, rows_together)
+    inside, outside = addend, None
+    if addend is not None and (addend.shape[-2] % config.block_m or addend.shape[-1] % config.block_n):
+        inside, outside = None, addend
+    a_scales = _whole_lines(a_scales, config.block_m)
+    if product.scales == "row":
+        b_scales = _whole_lines(b_scales, config.block_n)
+    out = hopper.multiply(product, config, a, a_scales, b, b_scales, index, inside, n_groups=n_groups, sm_count=sms)
+    out = out if product.groups == "contraction" else out[..., :rows, :]
+    return out if outside is None else out + outside
+
+
+def whole_tiles(x: Array) -> Array:
+    """Zeros up to 8 rows and 128 bytes, the unit of TMA's tiled copies: a copy of x where it does not divide."""
+    columns = -x.shape[-1] % (hopper.SWIZZLE // x.dtype.itemsize)
+    padding = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % 8), (0, columns)]
+    return jnp.pad(x, padding) if any(after for _, after in padding) else x
+
+
+def _whole_lines(scales: Array | None, block: int) -> Array | None:
+    """Scales of whole tiles: TMA clips tiles at the end of an array, but copies lines as they are."""
+    if scales is None or scales.shape[-1] % block == 0:
+        return scales
+    return jnp.pad(scales, [(0, 0)] * (scales.ndim - 1) + [(0, -scales.shape[-1] % block)])
+
+
+def check_operands(a: Array, b: Array) -> None:
+    """Raises ValueError unless both are FP8 and agree on the contraction."""
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype.itemsize != 1:
+            raise ValueError(f"{name}: dtype {x.dtype}: has to be FP8; quantize it with pallas_kernels.quantize")
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"a and b: shapes {a.shape} and {b.shape}: the last axes, the contraction, have to be equal")
+
+
+def check_columns(b: Array) -> None:
+    """Raises NotImplementedError where output rows are not whole 32 bytes, the least that TMA stores."""
+    if b.shape[-2] % 16:
+        raise NotImplementedError(f"b: shape {b.shape}: the Hopper kernel takes n in multiples of 16; pad it, or use impl='reference'")

@@ -1,0 +1,90 @@
+"""Which tile for which shape: a model of the time, small enough to check by hand.
+
+Tiles run in waves over the SMs. A wave costs as much as one tile: its steps of 128 along k, and what a tile costs
+besides (first loads, store). Both times are measured ones, which `python -m experiments.bench.tiles` measures again.
+"""
+
+import dataclasses
+
+from pallas_kernels.gemm.hopper import GROUP, Product, TuningConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A tile and its measured times in nanoseconds (H200)."""
+
+    config: TuningConfig
+    step: int
+    fixed: int
+
+
+_SMALL = (
+    Candidate(TuningConfig(64, 16, warpgroups=1, stages=16), 122, 450),
+    Candidate(TuningConfig(64, 32, warpgroups=1, stages=16), 160, 950),
+    Candidate(TuningConfig(64, 64, warpgroups=1, stages=12), 290, 1600),
+    Candidate(TuningConfig(128, 64, stages=8), 300, 1800),
+)
+_BLOCK = (
+    *_SMALL,
+    Candidate(TuningConfig(128, 128, cluster="m"), 387, 630),
+    Candidate(TuningConfig(192, 128, warpgroups=3, stages=4, overlap=1, cluster="n"), 551, 1030),
+    Candidate(TuningConfig(256, 128, stages=4, overlap=1, cluster="n"), 755, 1720),
+)
+# Runs of rows have lengths that only the device knows, so neighbours along m may not share weights.
+_BLOCK_ROWS = (
+    Candidate(TuningConfig(128, 128, cluster="n"), 405, 700),
+    Candidate(TuningConfig(256, 128, stages=4, overlap=1, cluster="n"), 755, 1720),
+)
+# A number of K steps that only the device knows makes ptxas serialize overlapped steps: none of these has any.
+_BLOCK_MASKED = tuple(Candidate(dataclasses.replace(c.config, overlap=1), c.step, c.fixed) for c in _SMALL)
+_ROW = (
+    Candidate(TuningConfig(overlap=2), 520, 1450),
+    Candidate(TuningConfig(192, 128, warpgroups=3, stages=4, overlap=1), 769, 700),
+)
+_ROW_CONTRACTION = (
+    Candidate(TuningConfig(overlap=1), 560, 1500),
+    Candidate(TuningConfig(128, 192, stages=4, overlap=1), 778, 1500),
+)
+_BF16 = (
+    Candidate(TuningConfig(128, 128, overlap=1), 660, 750),
+    Candidate(TuningConfig(128, 256, stages=4, overlap=1), 1300, 900),
+)
+
+
+def choose(
+    product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int, n_groups: int = 1, run: int | None = None
+) -> TuningConfig:
+    """The candidate with the least modelled time. `run`: rows of a group come in multiples of it."""
+    m, n, k = sizes(product, a_shape, b_shape, n_groups)
+    possible = [c for c in candidates(product) if run is None or run % c.config.block_m == 0]
+    return min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
+
+
+def candidates(product: Product) -> tuple[Candidate, ...]:
+    """Tiles that can run a product."""
+    if product.scales == "none":
+        return _BF16
+    if product.scales == "row":
+        return _ROW_CONTRACTION if product.groups == "contraction" else _ROW
+    return {"rows": _BLOCK_ROWS, "masked": _BLOCK_MASKED}.get(product.groups, _BLOCK)
+
+
+def sizes(product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], n_groups: int) -> tuple[int, int, int]:
+    """m, n and k of one group, taking contractions as evenly spread."""
+    if product.groups != "contraction":
+        return a_shape[-2], b_shape[-2], a_shape[-1]
+    if product.scales == "none":
+        return a_shape[-1], b_shape[-1], a_shape[0] // n_groups
+    return a_shape[0], b_shape[0], a_shape[1] // n_groups
+
+
+def modelled_time(candidate: Candidate, m: int, n: int, k: int, sm_count: int, groups: int = 1) -> int:
+    """Nanoseconds of `groups` products of these sizes."""
+    return waves(candidate.config, m, n, sm_count, groups) * (-(-k // GROUP) * candidate.step + candidate.fixed)
+
+
+def waves(config: TuningConfig, m: int, n: int, sm_count: int, groups: int = 1) -> int:
+    """Rounds in which the tiles of `groups` products run over the multiprocessors. A cluster takes two tiles at once."""
+    pair_m, pair_n = (2 if config.cluster == axis else 1 for axis in "mn")
+    units = groups * -(-m // (config.block_m * pair_m)) * -(-n // (config.block_n * pair_n))
+    return -(-units // (sm_count // (pair_m * pair_n)))

@@ -1,0 +1,549 @@
+"""The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once by TMA, and every output of it is stored by TMA.
+
+A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128) and ends; several blocks share a multiprocessor,
+so that one loads while another computes. Two layouts of registers do most of the work:
+
+    ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
+            stored as whole words
+    LINE    a thread has a line of its own: loads through a transposed view of the tile give it a column, so that the
+            largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time
+
+Both load and store without bank conflicts, which the lowering checks. TMA fills what lies outside of an array with zeros
+and does not store there, so edges need no code. That is true of tiles; lines (scales) are copied whole, so arrays of
+lines are padded to whole tiles.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.quantize.reference import BLOCK, E4M3, SMALLEST_NORMAL, tile_scale
+
+Array = jax.Array
+
+ROWS = plgpu.Layout.WGMMA_8BIT
+LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
+PAIRS = plgpu.Layout.WGMMA  # as ROWS, in runs of two elements
+COLUMN_PAIRS = plgpu.Layout.WGMMA_TRANSPOSED  # as PAIRS, runs of two along columns: one exchange between two lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How many 64x128 tiles of 16 bits a block of `quantize_rows` takes along a row: all are in flight at once."""
+
+    tiles: int = 4
+
+
+DEFAULT = TuningConfig()
+
+# Sizes of training: kernel, shape, dtype. Of `swiglu_*` the shape is that of hidden.
+PRODUCTION = [
+    ("quantize_rows", (32768, 7168), "bfloat16"),
+    ("quantize_rows", (4096, 1536), "bfloat16"),
+    ("quantize_rows", (4096, 7168), "float32"),
+    ("quantize_both", (32768, 7168), "bfloat16"),
+    ("quantize_both", (4096, 2112), "bfloat16"),
+    ("quantize_both", (4096, 7168), "float32"),
+    ("quantize_blocks", (7168, 24576), "float32"),
+    ("quantize_blocks", (32, 7168, 4096), "float32"),
+    ("quantize_blocks", (32, 2048, 7168), "bfloat16"),
+    ("swiglu_quantize", (32768, 4096), "bfloat16"),
+    ("swiglu_backward", (32768, 4096), "bfloat16"),
+    ("retile", (32768, 7168), "float8_e4m3fn"),
+    ("retile", (4096, 16384), "float16"),
+]
+
+
+def quantize_rows(x: Array, power_of_two: bool, config: TuningConfig = DEFAULT, interpret: Any = None) -> tuple[Array, Array]:
+    """See `pallas_kernels.quantize.quantize_rows`."""
+    rows, x = x.shape[0], _eights(x)
+    m, k = x.shape
+    _check_width("x", k)
+    blocks = pl.cdiv(k, BLOCK)
+    # As many as divide the row, and no more bytes in flight where elements are wider.
+    tiles = math.gcd(blocks, max(config.tiles * 2 // x.dtype.itemsize, 1))
+    values, scales = _kernel(
+        functools.partial(_rows_body, tiles=tiles, power_of_two=power_of_two),
+        "quantize_rows",
+        grid=(_padded(m) // 64, blocks // tiles),
+        out=dict(values=((m, k), E4M3), scales=((blocks, _padded(m)), jnp.float32)),
+        scratch=dict(
+            x_s=_tile(x.dtype, tiles, 64, BLOCK, width=k),
+            values_s=_tile(E4M3, tiles, 64, BLOCK, width=k),
+            scales_s=plgpu.SMEM((tiles, 64), jnp.float32),
+            loaded=plgpu.Barrier(num_barriers=tiles),
+        ),
+        interpret=interpret,
+    )(x)
+    return values[:rows], scales
+
+
+def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, power_of_two):
+    rows, first = pl.ds(lax.axis_index("row") * 64, 64), lax.axis_index("column") * tiles
+    for j in range(tiles):
+        plgpu.copy_gmem_to_smem(x.at[rows, _block(first + j)], x_s.at[j], loaded.at[j])
+    for j in range(tiles):
+        plgpu.barrier_wait(loaded.at[j])
+        values_s[j], scales_s[j] = _quantize_lines(plgpu.load(x_s.at[j], layout=ROWS).astype(jnp.float32), power_of_two, _kind(x))
+    _store(
+        [(values_s.at[j], values.at[rows, _block(first + j)]) for j in range(tiles)]
+        + [(scales_s.at[j], scales.at[first + j, rows]) for j in range(tiles)]
+    )
+
+
+def quantize_both(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
+    """See `pallas_kernels.quantize.quantize_both`."""
+    rows, x = x.shape[0], _eights(x)
+    m, k = x.shape
+    _check_width("x", k)
+    blocks, mp = pl.cdiv(k, BLOCK), _padded(m)
+    values, scales, values_t, scales_t = _kernel(
+        functools.partial(_both_body, power_of_two=power_of_two),
+        "quantize_both",
+        grid=(mp // BLOCK, blocks),
+        out=dict(
+            values=((m, k), E4M3),
+            scales=((blocks, mp), jnp.float32),
+            values_t=((k, mp), E4M3),
+            scales_t=((mp // BLOCK, _padded(k)), jnp.float32),
+        ),
+        scratch=dict(
+            x_s=_tile(x.dtype, BLOCK, BLOCK, width=k),
+            values_s=_tile(E4M3, BLOCK, BLOCK, width=k),
+            scales_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            values_t_s=_tile(E4M3, BLOCK, BLOCK),
+            scales_t_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            loaded=plgpu.Barrier(),
+        ),
+        interpret=interpret,
+    )(x)
+    return values[:rows], scales, values_t, scales_t[:, :k]
+
+
+def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s, values_t_s, scales_t_s, loaded, power_of_two):
+    i, j = lax.axis_index("row"), lax.axis_index("column")
+    _load([(x.at[_block(i), _block(j)], x_s)], loaded)
+    for half in (pl.ds(0, 64), pl.ds(64, 64)):
+        lines = plgpu.load(x_s.at[half], layout=ROWS).astype(jnp.float32)
+        values_s[half], scales_s[half] = _quantize_lines(lines, power_of_two, _kind(x))
+    columns, scales_t_s[...] = _quantize_lines(_line(x_s.T), power_of_two, _kind(x))
+    values_t_s[...] = _whole(columns)
+    _store(
+        [
+            (values_s, values.at[_block(i), _block(j)]),
+            (scales_s, scales.at[j, _block(i)]),
+            (values_t_s, values_t.at[_block(j), _block(i)]),
+            (scales_t_s, scales_t.at[i, _block(j)]),
+        ]
+    )
+
+
+def quantize_blocks(w: Array, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
+    """See `pallas_kernels.quantize.quantize_blocks`."""
+    if w.ndim == 2:
+        return jax.tree.map(lambda out: out[0], quantize_blocks(w[None], interpret))
+    experts, k, n = w.shape
+    _check_width("w", n)
+    _check_width("w, transposed", k)
+    kb, nb = pl.cdiv(k, BLOCK), pl.cdiv(n, BLOCK)
+    return _kernel(
+        _blocks_body,
+        "quantize_blocks",
+        grid=(experts * kb, nb),
+        out=dict(
+            values=((experts, k, n), E4M3),
+            values_t=((experts, n, k), E4M3),
+            scales=((experts, kb, nb), jnp.float32),
+            scales_t=((experts, nb, kb), jnp.float32),
+        ),
+        scratch=dict(
+            w_s=_tile(w.dtype, BLOCK, BLOCK, width=n),
+            values_s=_tile(E4M3, BLOCK, BLOCK, width=n),
+            values_t_s=_tile(E4M3, BLOCK, BLOCK, width=k),
+            loaded=plgpu.Barrier(),
+        ),
+        interpret=interpret,
+    )(w)
+
+
+def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values_t_s, loaded):
+    kb = scales.shape[1]
+    expert, i, j = lax.div(lax.axis_index("row"), kb), lax.rem(lax.axis_index("row"), kb), lax.axis_index("column")
+    _load([(w.at[expert, _block(i), _block(j)], w_s)], loaded)
+    rows = plgpu.load(w_s, layout=ROWS).astype(jnp.float32)
+    scale = tile_scale(jnp.max(jnp.max(_size(rows), axis=1)), False)  # Mosaic takes one axis at a time
+    scales[expert, i, j] = scale
+    scales_t[expert, j, i] = scale
+    values_s[...] = _quotient(rows, scale, (), False, LONG).astype(E4M3)
+    columns = _line(w_s.T)
+    values_t_s[...] = _whole(_quotient(columns, scale, (), False, LONG).astype(E4M3))
+    _store([(values_s, values.at[expert, _block(i), _block(j)]), (values_t_s, values_t.at[expert, _block(j), _block(i)])])
+
+
+def retile(values: Array, scales: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array]:
+    """See `pallas_kernels.quantize.retile`."""
+    values = _eights(values)
+    m, k = values.shape
+    _check_width("values", k)
+    values_t, scales_t = _kernel(
+        functools.partial(_retile_body, power_of_two=power_of_two),
+        "retile",
+        grid=(_padded(m) // BLOCK, pl.cdiv(k, BLOCK)),
+        out=dict(values_t=((k, _padded(m)), E4M3), scales_t=((_padded(m) // BLOCK, _padded(k)), jnp.float32)),
+        scratch=dict(
+            values_s=_tile(values.dtype, BLOCK, BLOCK, width=k),
+            scales_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            values_t_s=_tile(E4M3, BLOCK, BLOCK),
+            scales_t_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=2),
+        ),
+        interpret=interpret,
+    )(values, scales)
+    return values_t, scales_t[:, :k]
+
+
+def _retile_body(values, scales, values_t, scales_t, *, values_s, scales_s, values_t_s, scales_t_s, loaded, power_of_two):
+    i, j = lax.axis_index("row"), lax.axis_index("column")
+    _load([(values.at[_block(i), _block(j)], values_s), (scales.at[j, _block(i)], scales_s)], loaded)
+    columns = _line(values_s.T)
+    scale = plgpu.load(scales_s, layout=LINE(4).reduce(0))
+    columns, scales_t_s[...] = _quantize_lines(columns * lax.broadcast_in_dim(scale, columns.shape, (1,)), power_of_two, LONG)
+    values_t_s[...] = _whole(columns)
+    _store([(values_t_s, values_t.at[_block(j), _block(i)]), (scales_t_s, scales_t.at[i, _block(j)])])
+
+
+def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
+    """See `pallas_kernels.quantize.swiglu_quantize`."""
+    rows, hidden = hidden.shape[0], _eights(hidden)
+    m, f = hidden.shape[0], hidden.shape[1] // 2
+    _check_halves("hidden", f)
+    blocks, mp = f // BLOCK, _padded(m)
+    inputs = (hidden,) if gates is None else (hidden, jnp.pad(gates, (0, mp - rows)))
+    values, scales, hidden_values, hidden_scales = _kernel(
+        functools.partial(_swiglu_body, power_of_two=power_of_two),
+        "swiglu_quantize",
+        grid=(mp // 64, blocks),
+        out=dict(
+            values=((m, f), E4M3),
+            scales=((blocks, mp), jnp.float32),
+            hidden_values=((m, 2 * f), E4M3),
+            hidden_scales=((2 * blocks, mp), jnp.float32),
+        ),
+        scratch=dict(
+            hidden_s=_tile(hidden.dtype, 2, 64, BLOCK),
+            gates_s=plgpu.SMEM((64,), jnp.float32),
+            values_s=_tile(E4M3, 3, 64, BLOCK),
+            scales_s=plgpu.SMEM((3, 64), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=1 + len(inputs)),
+        ),
+        interpret=interpret,
+    )(*inputs)
+    return values[:rows], scales, hidden_values[:rows], hidden_scales
+
+
+def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, power_of_two):
+    *gates, values, scales, hidden_values, hidden_scales = refs
+    i, j, blocks = lax.axis_index("row"), lax.axis_index("column"), scales.shape[0]
+    rows = pl.ds(i * 64, 64)
+    _load(
+        [(hidden.at[rows, _block(j)], hidden_s.at[0]), (hidden.at[rows, _block(blocks + j)], hidden_s.at[1])]
+        + [(g.at[rows], gates_s) for g in gates],
+        loaded,
+    )
+    gate, up = (plgpu.load(hidden_s.at[half], layout=ROWS).astype(jnp.float32) for half in (0, 1))
+    act = gate * _sigmoid(gate) * up
+    if gates:
+        act = act * lax.broadcast_in_dim(plgpu.load(gates_s, layout=ROWS.reduce(1)), act.shape, (0,))
+    for slot, lines in enumerate(((act, power_of_two, COMPUTED), (gate, False, SHORT), (up, False, SHORT))):
+        values_s[slot], scales_s[slot] = _quantize_lines(*lines)
+    _store(
+        [(values_s.at[0], values.at[rows, _block(j)]), (scales_s.at[0], scales.at[j, rows])]
+        + [(values_s.at[1 + half], hidden_values.at[rows, _block(half * blocks + j)]) for half in (0, 1)]
+        + [(scales_s.at[1 + half], hidden_scales.at[half * blocks + j, rows]) for half in (0, 1)]
+    )
+
+
+def swiglu_backward(
+    hidden: Array,
+    scales: Array,
+    gates: Array | None,
+    d_act: Array,
+    power_of_two: bool,
+    act_power_of_two: bool,
+    interpret: Any = None,
+) -> tuple[Array, Array, Array, Array, Array, Array, Array | None]:
+    """See `pallas_kernels.quantize.swiglu_backward`."""
+    rows, hidden, d_act = d_act.shape[0], _eights(hidden), _eights(d_act)
+    m, f = d_act.shape
+    _check_halves("hidden", f)
+    blocks, mp = f // BLOCK, _padded(m)
+    inputs = (hidden, scales, d_act) if gates is None else (hidden, scales, d_act, jnp.pad(gates, (0, mp - rows)))
+    values, *others, d_gates = _kernel(
+        functools.partial(_backward_body, power_of_two=power_of_two, act_power_of_two=act_power_of_two),
+        "swiglu_backward",
+        grid=(mp // BLOCK, blocks),
+        out=dict(
+            values=((m, 2 * f), E4M3),
+            scales=((2 * blocks, mp), jnp.float32),
+            values_t=((2 * f, mp), E4M3),
+            scales_t=((mp // BLOCK, 2 * f), jnp.float32),
+            act_values_t=((f, mp), E4M3),
+            act_scales_t=((mp // BLOCK, f), jnp.float32),
+            d_gates=((blocks, mp), jnp.float32),
+        ),
+        scratch=dict(
+            hidden_s=_tile(E4M3, 2, BLOCK, BLOCK),
+            hidden_scales_s=plgpu.SMEM((2, BLOCK), jnp.float32),
+            d_act_s=_tile(d_act.dtype, BLOCK, BLOCK),
+            gates_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            values_s=_tile(E4M3, 2, BLOCK, BLOCK),
+            scales_s=plgpu.SMEM((2, BLOCK), jnp.float32),
+            values_t_s=_tile(E4M3, 3, 2, BLOCK, 64),
+            scales_t_s=plgpu.SMEM((3, BLOCK), jnp.float32),
+            largest_s=plgpu.SMEM((3, 2, BLOCK), jnp.float32),
+            d_gates_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=2 + len(inputs)),
+            first_done=plgpu.Barrier(),
+            largest_known=plgpu.Barrier(num_arrivals=2),
+            finished=plgpu.Barrier(num_arrivals=2),
+        ),
+        interpret=interpret,
+        num_threads=2,
+        thread_name="half",
+    )(*inputs)
+    return values[:rows], *others, None if gates is None else d_gates.sum(0)[:rows]
+
+
+def _backward_body(hidden, hidden_scales, d_act, *refs, power_of_two, act_power_of_two, **s):
+    """Two warpgroups with 64 rows each; for the columns they exchange the largest of their halves."""
+    *gates, values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = refs
+    i, j, blocks, half = lax.axis_index("row"), lax.axis_index("column"), d_gates.shape[0], lax.axis_index("half")
+
+    @pl.when(half == 0)
+    def _():
+        for side in (0, 1):
+            block = side * blocks + j
+            plgpu.copy_gmem_to_smem(hidden.at[_block(i), _block(block)], s["hidden_s"].at[side], s["loaded"])
+            plgpu.copy_gmem_to_smem(hidden_scales.at[block, _block(i)], s["hidden_scales_s"].at[side], s["loaded"])
+        for source, target in [(d_act.at[_block(i), _block(j)], s["d_act_s"])] + [(g.at[_block(i)], s["gates_s"]) for g in gates]:
+            plgpu.copy_gmem_to_smem(source, target, s["loaded"])
+
+    plgpu.barrier_wait(s["loaded"])
+    tensors, d_gates_part = _gradients(pl.ds(half * 64, 64), bool(gates), act_power_of_two, s)
+    _backward_quantize(tensors, d_gates_part, half, (power_of_two, power_of_two, act_power_of_two), s)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(s["finished"])
+    plgpu.barrier_wait(s["finished"])
+
+    @pl.when(half == 0)
+    def _():
+        copies = [(s["d_gates_s"], d_gates.at[j, _block(i)])]
+        for side in (0, 1):
+            block = side * blocks + j
+            copies += [(s["values_s"].at[side], values.at[_block(i), _block(block)])]
+            copies += [(s["scales_s"].at[side], scales.at[block, _block(i)])]
+        targets = ((values_t, scales_t, j), (values_t, scales_t, blocks + j), (act_values_t, act_scales_t, j))
+        for slot, (target, target_scales, block) in enumerate(targets):
+            copies += [(s["scales_t_s"].at[slot], target_scales.at[i, _block(block)])]
+            copies += [(s["values_t_s"].at[slot, h], target.at[_block(block), pl.ds(i * BLOCK + h * 64, 64)]) for h in (0, 1)]
+        _store(copies)
+
+
+def _gradients(rows: Any, gated: bool, act_power_of_two: bool, s: dict) -> tuple[tuple[Array, Array, Array], Array]:
+    """Gradients of gate and up, the activation as it is kept, and the sum over these columns for the gradient of `gates`."""
+    gate, up = (_dequantized(s["hidden_s"].at[side, rows], s["hidden_scales_s"].at[side, rows]) for side in (0, 1))
+    d_act = plgpu.load(s["d_act_s"].at[rows], layout=PAIRS).astype(jnp.float32)
+    sigmoid = _sigmoid(gate)
+    silu = gate * sigmoid
+    act = silu * up
+    d_gates = jnp.sum(d_act * act, axis=1)
+    if gated:
+        gates = lax.broadcast_in_dim(plgpu.load(s["gates_s"].at[rows], layout=PAIRS.reduce(1)), act.shape, (0,))
+        act, d_act = act * gates, d_act * gates
+    kept, scale = _quantize_lines(act, act_power_of_two, COMPUTED)
+    kept = kept.astype(jnp.float32) * lax.broadcast_in_dim(scale, act.shape, (0,))
+    return (d_act * up * (sigmoid + silu * (1.0 - sigmoid)), d_act * silu, kept), d_gates
+
+
+def _backward_quantize(tensors: tuple, d_gates: Array, half: Array, powers: tuple[bool, bool, bool], s: dict) -> None:
+    rows = pl.ds(half * 64, 64)
+    s["d_gates_s"][rows] = d_gates
+    for side in (0, 1):
+        s["values_s"][side, rows], s["scales_s"][side, rows] = _quantize_lines(tensors[side], powers[side], COMPUTED)
+    # A maximum over rows goes through scratch memory that Mosaic shares between warpgroups: one has to wait.
+    pl.when(half == 1)(lambda: plgpu.barrier_wait(s["first_done"]))
+    for slot, x in enumerate(tensors):
+        s["largest_s"][slot, half] = jnp.max(_size(x), axis=0)
+    pl.when(half == 0)(lambda: plgpu.barrier_arrive(s["first_done"]))
+    plgpu.barrier_arrive(s["largest_known"])
+    plgpu.barrier_wait(s["largest_known"])
+    for slot, (x, power_of_two) in enumerate(zip(tensors, powers, strict=True)):
+        top, bottom = (plgpu.load(s["largest_s"].at[slot, h], layout=PAIRS.reduce(0)) for h in (0, 1))
+        scale = tile_scale(jnp.maximum(top, bottom), power_of_two)
+        columns = plgpu.layout_cast(_quotient(x, scale, (1,), power_of_two, COMPUTED), COLUMN_PAIRS)
+        s["values_t_s"].at[slot, half].T[...] = columns.astype(E4M3)
+
+        @pl.when(half == 0)
+        def _(slot=slot, scale=scale):
+            s["scales_t_s"][slot] = scale
+
+
+# --- arithmetic, in registers ---
+
+# Quotients are those of IEEE division, rounded to E4M3, without dividing: that would take more instructions than the
+# time of a memory-bound kernel has room for, and XLA lets LLVM divide with an error. A product with the reciprocal is off
+# by an ulp or two and so moves ties. What is enough depends on x:
+#   SHORT   bfloat16: high * (1 + rest) with 35 bits of the reciprocal. Right for every pair of x and scale (tested)
+#   LONG    float32: a product, what it lacks, and a correction, the last two as fused multiply-adds: correctly rounded
+#           whatever the reciprocal's last bits. Mosaic allows that contraction; XLA on a CPU may not make it
+#   COMPUTED float32 that has rounding errors of its own: the product
+# Scales that are powers of two have exact reciprocals, and the product is right.
+SHORT, LONG, COMPUTED = "short", "long", "computed"
+
+
+def _kind(x: Any) -> str:
+    return LONG if x.dtype == jnp.float32 else SHORT
+
+
+def _quantize_lines(x: Array, power_of_two: bool, kind: str) -> tuple[Array, Array]:
+    """E4M3 values of x[lines, n] in float32, and the scale of each line."""
+    scale = tile_scale(jnp.max(_size(x), axis=1), power_of_two)
+    return _quotient(x, scale, (0,), power_of_two, kind).astype(E4M3), scale
+
+
+def _size(x: Array) -> Array:
+    size = jnp.abs(x)
+    return jnp.where(size <= jnp.inf, size, 0.0)  # a NaN is left out
+
+
+def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str) -> Array:
+    """x / scale, where `axes` of x are those of scale. An infinite scale makes zeros, and NaN of infinity."""
+    spread = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=axes)
+    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
+    if power_of_two:
+        return x * spread(_if_finite(scale, _inverse_power(scale)))
+    if kind == SHORT:
+        high, rest = _split_reciprocal(scale)
+        quotient = x * spread(_if_finite(scale, high))  # exact: 8 by 12 bits
+        return quotient + quotient * spread(rest)
+    reciprocal = spread(_if_finite(scale, 1.0 / scale))
+    quotient = x * reciprocal
+    if kind == COMPUTED:
+        return quotient
+    return quotient + (x - quotient * spread(_if_finite(scale, scale))) * reciprocal
+
+
+def _if_finite(scale: Array, value: Array) -> Array:
+    return jnp.where(scale < jnp.inf, value, 0.0)
+
+
+def _split_reciprocal(scale: Array) -> tuple[Array, Array]:
+    """1 / scale = high * (1 + rest), high of 12 bits: Newton's step with an exact remainder, on the mantissa."""
+    mantissa = _float((_bits(scale) & 0x7FFFFF) | 0x3F800000)
+    high, top = _float(_bits(1.0 / mantissa) & -0x1000), _float(_bits(mantissa) & -0x1000)
+    left = (1.0 - top * high) - (mantissa - top) * high
+    return high * _inverse_power(scale), left * (1.0 + left * (1.0 + left))
+
+
+def _inverse_power(scale: Array) -> Array:
+    """1 over the power of two in a positive scale."""
+    return _float(0x7F000000 - (_bits(scale) & 0x7F800000))
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def _dequantized(values: Any, scales: Any) -> Array:
+    values = plgpu.load(values, layout=PAIRS).astype(jnp.float32)
+    return values * lax.broadcast_in_dim(plgpu.load(scales, layout=PAIRS.reduce(1)), values.shape, (0,))
+
+
+# --- memory ---
+
+
+def _line(ref: Any) -> Array:
+    """float32 of a [128, 128] view, each thread with a line of it: loaded one by one, then taken as runs of four."""
+    return plgpu.layout_cast(plgpu.load(ref, layout=LINE(1)), LINE(4)).astype(jnp.float32)
+
+
+def _whole(line: Array) -> Array:
+    """E4M3 of a line, as runs of 16, which are stored at once."""
+    return plgpu.layout_cast(line, LINE(16))
+
+
+def _block(i: Any) -> Any:
+    return pl.ds(i * BLOCK, BLOCK)
+
+
+def _tile(dtype: Any, *shape: int, width: int = BLOCK) -> Any:
+    """Shared memory for tiles of an array with rows of `width`.
+
+    Mosaic cuts rows of the array in pieces of the swizzle, so that has to divide them: 128 bytes, or what is left.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(128, shape[-1] * itemsize, width * itemsize)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]  # a protocol, to mypy
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
+
+
+def _load(copies: list[tuple[Any, Any]], loaded: Any) -> None:
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, loaded)
+    plgpu.barrier_wait(loaded)
+
+
+def _store(copies: list[tuple[Any, Any]]) -> None:
+    plgpu.commit_smem()
+    for source, target in copies:
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory has to live until it is read
+
+
+def _kernel(body: Callable, name: str, *, grid: tuple, out: dict, scratch: dict, interpret: Any, **kwargs: Any) -> Callable:
+    return plgpu.kernel(
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct(*shape) for shape in out.values()),
+        grid=grid,
+        grid_names=("row", "column"),
+        scratch_types=scratch,
+        interpret=interpret,
+        kernel_name=name,
+        **kwargs,
+    )
+
+
+def _padded(rows: int) -> int:
+    return pl.cdiv(rows, BLOCK) * BLOCK
+
+
+def _eights(x: Array) -> Array:
+    """Rows of zeros up to a multiple of eight, which Mosaic's tiled copies need; where some lack, this copies x."""
+    return jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+
+
+def _check_width(name: str, columns: int) -> None:
+    if columns % 32:
+        raise NotImplementedError(f"{name}: rows of {columns}: tiled copies of E4M3 need multiples of 32; use the reference")
+
+
+def _check_halves(name: str, columns: int) -> None:
+    if columns % BLOCK:
+        raise NotImplementedError(f"{name}: gate and up of {columns}: tiles of {BLOCK} would hold parts of both; use the reference")

@@ -1,0 +1,151 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from experiments.bench.tiles import fit
+from pallas_kernels import gemm, grouped_gemm
+from pallas_kernels.gemm import hopper, tiles
+from pallas_kernels.gemm.hopper import Product, TuningConfig
+from tests.kernels.product_cases import BF16_ERROR, Blocks, ProductCases, Rows, assert_near, rough
+
+
+def operation(name):
+    return getattr(gemm, name, None) or getattr(grouped_gemm, name)
+
+
+class TestReference(ProductCases):
+    def run(self, name, *arguments):
+        return jax.jit(functools.partial(operation(name), impl="reference"))(*arguments)
+
+
+class TestInterpreted(ProductCases):
+    """The kernel as written, on a simulated GPU of two multiprocessors that reports races between threads and copies."""
+
+    dense = [(130, 144, 640)]  # noqa: RUF012
+    wgrads = [(144, 192, 384), (128, 256, 256)]  # noqa: RUF012
+    width, depth = 144, 272
+    owners = ([0, 0, 2], [])
+
+    @pytest.fixture(autouse=True)
+    def two_multiprocessors(self, monkeypatch):
+        monkeypatch.setattr(gemm, "sm_count", lambda: 2)
+
+    def run(self, name, *arguments):
+        return interpreted(lambda: operation(name)(*arguments, impl="pallas"))
+
+
+def interpreted(run):
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = jax.block_until_ready(run())
+    assert not gpu_callbacks.get_races().races_found
+    return out
+
+
+SCHEMES = {
+    "overlapped, few slots": TuningConfig(overlap=2, stages=2),
+    "two waves": TuningConfig(256, 128, stages=3, overlap=1),
+    "three warpgroups": TuningConfig(192, 128, warpgroups=3, stages=3, overlap=1),
+    "one warpgroup": TuningConfig(64, 48, warpgroups=1, stages=4, overlap=2),
+    "pairs along m": TuningConfig(cluster="m", overlap=2, stages=4),
+    "pairs along n": TuningConfig(64, 96, warpgroups=1, cluster="n", overlap=1, stages=3, raster=(1, 2), store_slots=2),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_gives_the_product(scheme):
+    """Sizes that divide nothing: rows, columns and K steps (5, one of them partial) all have a rest."""
+    rng = np.random.default_rng(0)
+    a, b = Rows(rough(rng, 200, 592)), Blocks(rough(rng, 208, 592))
+    arguments = Product(), SCHEMES[scheme], a.values, a.scales, b.values, b.scales
+    out = interpreted(lambda: hopper.multiply(*arguments, sm_count=2))
+    assert_near(out, a.full @ b.full.T, BF16_ERROR)
+
+
+PRODUCTS = [
+    ("block", "none"),
+    ("block", "rows"),
+    ("block", "masked"),
+    ("row", "none"),
+    ("row", "contraction"),
+    ("none", "rows"),
+    ("none", "contraction"),
+]
+
+
+@pytest.mark.parametrize(("scales", "groups"), PRODUCTS)
+def test_every_candidate_can_be_lowered(scales, groups):
+    """Layouts and shared memory are settled in lowering, which needs no GPU."""
+    product = Product(scales, groups, "float32" if groups == "contraction" or scales == "row" else "bfloat16")
+    for candidate in tiles.candidates(product):
+        run = functools.partial(hopper.multiply, product, candidate.config, n_groups=8, sm_count=132)
+        jax.jit(run).trace(*shapes(product, 4096, 2112, 7168, 8)).lower(lowering_platforms=("cuda",))
+
+
+def shapes(product, m, n, k, e):
+    dtype = jnp.bfloat16 if product.scales == "none" else jnp.float8_e4m3fn
+    steps, each_a, each_b = -(-k // 128), (e,) * (product.groups == "masked"), (e,) * (product.groups in ("rows", "masked"))
+    turned = product.scales == "none" and product.groups == "contraction"
+    a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, n, k))
+    a_scales = (steps, m) if product.scales == "row" else (*each_a, steps, -(-m // 128) * 128)
+    b_scales = (steps, n) if product.scales == "row" else (*each_b, -(-n // 128), steps)
+    index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1}[product.groups]
+    kinds = [(a, dtype), (a_scales, jnp.float32), (b, dtype), (b_scales, jnp.float32)]
+    operands = [jax.ShapeDtypeStruct(*kind) if product.scales != "none" or kind[1] == dtype else None for kind in kinds]
+    return [*operands, None if index is None else jax.ShapeDtypeStruct((index,), jnp.int32)]
+
+
+@pytest.mark.parametrize("shape", [(1, 7168, 576), (130, 144, 272), (4100, 2064, 7184)])
+def test_odd_sizes_can_be_lowered(shape, monkeypatch):
+    """TMA's rules about divisibility are checked in lowering only."""
+    monkeypatch.setattr(gemm, "sm_count", lambda: 132)
+    m, n, k = shape
+    operands = shapes(Product(), m, n, k, 1)[:4]
+    jax.jit(functools.partial(gemm.gemm, impl="pallas")).trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+def test_the_model_picks_what_measured_best():
+    """Fastest of the sweep on an H200: three warpgroups where their tiles fill the waves, one wide wave for few columns."""
+    block = lambda *shape: tiles.choose(Product(), (shape[0], shape[2]), (shape[1], shape[2]), 132)  # noqa: E731
+    assert (block(8192, 8192, 8192).block_m, block(4096, 7168, 16384).block_m, block(4096, 32768, 512).block_m) == (192, 256, 128)
+    assert block(64, 2112, 7168).block_n == 16
+
+
+def test_the_fit_finds_the_times_it_was_made_of():
+    sizes = [(8, 56), (14, 16), (63, 4), (32, 64)]
+    step, fixed, off = fit(sizes, [w * (steps * 387 + 630) for w, steps in sizes])
+    assert (round(step), round(fixed)) == (387, 630)
+    assert off < 1e-9
+
+
+@pytest.mark.parametrize("run", [lambda: Product("block", "rows"), lambda: Product("none", "rows")])
+def test_tiles_do_not_cross_runs(run):
+    product = run()
+    config = tiles.choose(product, (32768, 7168), (8, 4096, 7168), 132, 8, run=128)
+    assert config.block_m == 128
+
+
+F8 = jnp.zeros((128, 128), jnp.float8_e4m3fn)
+ROWS, BLOCK = jnp.ones((1, 128)), jnp.ones((1, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: gemm.gemm(jnp.zeros((128, 128)), ROWS, F8, BLOCK), ValueError, "a: dtype float32"),
+        (
+            lambda: grouped_gemm.grouped_gemm(F8, ROWS, F8[None], BLOCK[None], jnp.zeros(2, jnp.int32)),
+            ValueError,
+            "expert_of_tile: 2 tiles for 128 rows",
+        ),
+        (lambda: gemm.gemm(F8, ROWS, F8[:24], BLOCK, impl="pallas"), NotImplementedError, "n in multiples of 16"),
+    ],
+)
+def test_errors_name_the_field(call, error, words):
+    with pytest.raises(error, match=words):
+        call()

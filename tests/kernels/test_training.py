@@ -1,0 +1,87 @@
+"""The products of the model by the kernels, interpreted, against the same products in plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.precision.linear import ffn, grouped_ffn, grouped_linear, linear
+from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_UP, LINEAR, Recipe
+from pallas_kernels import gemm
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    monkeypatch.setattr(gemm, "sm_count", lambda: 2)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        yield
+
+
+def random(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def both_ways(function, arguments, fp8=True, nobodys=False):
+    """Value and gradients by the kernels and by the reference."""
+
+    def run(impl):
+        value, pull = jax.vjp(lambda *a: function(*a, Recipe(fp8=fp8, impl=impl)), *arguments)
+        dy = jnp.cos(jnp.arange(value.size).reshape(value.shape))
+        return value, *pull(jnp.where(nobodys, 0, dy).astype(value.dtype))
+
+    return run("pallas"), run("reference")
+
+
+def assert_same(results, limit):
+    """The reference rounds the gradient of the hidden activation to bfloat16 before it is quantized, the kernels do not."""
+    for i, (kernels, reference) in enumerate(zip(*results, strict=True)):
+        assert (kernels.shape, kernels.dtype) == (reference.shape, reference.dtype)
+        kernels, reference = np.float32(kernels), np.float32(reference)
+        assert np.linalg.norm(kernels - reference) <= limit * np.linalg.norm(reference), f"output {i}"
+
+
+@pytest.mark.parametrize("role", [LINEAR, AFTER_ATTENTION], ids=["linear", "after attention"])
+def test_linear(role):
+    x, w = random(0, 3, 50, 192).astype(jnp.bfloat16), random(1, 192, 64)
+    assert_same(both_ways(lambda x, w, recipe: linear(x, w, recipe, role), (x, w)), 4e-3)
+
+
+def test_ffn():
+    x, up, down = random(0, 150, 64).astype(jnp.bfloat16), random(1, 64, 256) / 8, random(2, 128, 64) / 8
+    assert_same(both_ways(ffn, (x, up, down)), 1.5e-2)
+
+
+OWNERS = jnp.asarray([0, 2, 2, 3])  # expert 1 gets nothing, the last block is nobody's
+NOBODYS = (OWNERS == 3)[:, None, None]
+
+
+def blocks(seed, width):
+    x = random(seed, 4, 128, width).at[3].set(0).at[0, 100:].set(0)
+    return x.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_grouped_linear(fp8):
+    function = lambda x, w, recipe: grouped_linear(x, w, OWNERS, recipe, EXPERT_UP)  # noqa: E731
+    assert_same(both_ways(function, (blocks(0, 64), random(1, 3, 64, 128)), fp8, NOBODYS), 4e-3)
+
+
+def test_grouped_ffn():
+    x, up, down = blocks(0, 64), random(1, 3, 64, 256) / 8, random(2, 3, 128, 64) / 8
+    gates = jnp.abs(random(3, 4, 128, 1)).at[3].set(0)
+    function = lambda x, up, gates, down, recipe: grouped_ffn(x, up, gates, down, OWNERS, recipe)  # noqa: E731
+    assert_same(both_ways(function, (x, up, gates, down), nobodys=NOBODYS), 1.5e-2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "width", "words"),
+    [
+        (Recipe(fp8=True, impl="pallas"), jnp.float32, 64, "float32, the kernels take bfloat16"),
+        (Recipe(fp8=True, impl="pallas", gradient_tile=(128, 128)), jnp.bfloat16, 64, "tiles of 1x128"),
+        (Recipe(fp8=True, impl="pallas"), jnp.bfloat16, 72, "multiples of 64"),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_refused(recipe, dtype, width, words):
+    with pytest.raises(NotImplementedError, match=words):
+        linear(jnp.zeros((128, width), dtype), jnp.zeros((width, 64)), recipe)
