@@ -8,7 +8,7 @@ uv run -m experiments.pretrain --config=configs/colab.py --workdir=runs/colab
 
 from ml_collections import ConfigDict
 
-from dsv3_jax.config import default_config
+from dsv3_jax.config import default_config, schedule_by_shares
 
 
 def get_config() -> ConfigDict:
@@ -44,15 +44,7 @@ def get_config() -> ConfigDict:
         ema_decay=0.0,  # on a fast GPU the copy to the host would take longer than a step
         bias_update_speed=3e-3,
     )
-    # Phases of the schedules are shares of the run, so they follow --config.train.steps and the size of a step.
-    optimizer, train = config.optimizer, config.train
-    tokens = train.get_ref("steps").to_float() * train.get_ref("batch_size").to_float() * train.get_ref("sequence_length").to_float()
-    optimizer.update(peak_lr=1e-3, final_lr=1e-4, tail_lr=3e-5)
-    optimizer.warmup_tokens = tokens * 0.05
-    optimizer.constant_tokens = tokens * 0.5
-    optimizer.cosine_tokens = tokens * 0.4
-    optimizer.tail_tokens = tokens * 0.05
-    train.mtp_switch_tokens = tokens * 0.7
-    train.bias_update_tokens = tokens * 0.95
+    config.optimizer.update(peak_lr=1e-3, final_lr=1e-4, tail_lr=3e-5)
+    schedule_by_shares(config)
     config.checkpoint.update(every=100, keep=2)
     return config

@@ -8,7 +8,7 @@ measure speed and too little to learn from. By experiments.describe it holds abo
 
 from ml_collections import ConfigDict
 
-from dsv3_jax.config import default_config
+from dsv3_jax.config import default_config, schedule_by_shares
 
 
 def get_config() -> ConfigDict:
@@ -42,15 +42,7 @@ def get_config() -> ConfigDict:
         ema_decay=0.0,  # an average of 2.9B parameters costs the host 11 GB, and much CPU time every step
         eval_every=200,
     )
-    # Phases of the schedules are shares of the run, so they follow --config.train.steps and the size of a step.
-    optimizer, train = config.optimizer, config.train
-    tokens = train.get_ref("steps").to_float() * train.get_ref("batch_size").to_float() * train.get_ref("sequence_length").to_float()
-    optimizer.update(peak_lr=4.2e-4, final_lr=4.2e-5, tail_lr=1.4e-5)
-    optimizer.warmup_tokens = tokens * 0.05
-    optimizer.constant_tokens = tokens * 0.67
-    optimizer.cosine_tokens = tokens * 0.29
-    optimizer.tail_tokens = tokens * 0.025
-    train.mtp_switch_tokens = tokens * 0.67
-    train.bias_update_tokens = tokens * 0.96
+    config.optimizer.update(peak_lr=4.2e-4, final_lr=4.2e-5, tail_lr=1.4e-5)
+    schedule_by_shares(config, constant=0.67, cosine=0.29, tail=0.025, mtp=0.67, bias=0.96)
     config.checkpoint.update(every=200, keep=2)
     return config

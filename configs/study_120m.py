@@ -5,7 +5,7 @@ uv run -m experiments.ablations.fp8_vs_bf16 --config=configs/study_120m.py --ste
 
 from ml_collections import ConfigDict
 
-from dsv3_jax.config import default_config
+from dsv3_jax.config import default_config, schedule_by_shares
 
 
 def get_config() -> ConfigDict:
@@ -33,14 +33,6 @@ def get_config() -> ConfigDict:
     config.train.update(
         steps=2000, sequence_length=1024, micro_batch_size=8, batch_size=8, batch_size_start=8, remat="selective", bias_update_speed=3e-3
     )
-    # Phases of the schedules are shares of the run.
-    optimizer, train = config.optimizer, config.train
-    tokens = train.get_ref("steps").to_float() * train.get_ref("batch_size").to_float() * train.get_ref("sequence_length").to_float()
-    optimizer.update(peak_lr=1e-3, final_lr=1e-4, tail_lr=3e-5)
-    optimizer.warmup_tokens = tokens * 0.05
-    optimizer.constant_tokens = tokens * 0.5
-    optimizer.cosine_tokens = tokens * 0.4
-    optimizer.tail_tokens = tokens * 0.05
-    train.mtp_switch_tokens = tokens * 0.7
-    train.bias_update_tokens = tokens * 0.95
+    config.optimizer.update(peak_lr=1e-3, final_lr=1e-4, tail_lr=3e-5)
+    schedule_by_shares(config)
     return config

@@ -5,7 +5,7 @@ uv run -m experiments.pretrain --config=configs/tiny.py --workdir=runs/tiny
 
 from ml_collections import ConfigDict
 
-from dsv3_jax.config import default_config
+from dsv3_jax.config import default_config, schedule_by_shares
 
 
 def get_config() -> ConfigDict:
@@ -43,15 +43,7 @@ def get_config() -> ConfigDict:
         eval_every=70,
         eval_sequences=64,
     )
-    # Phases of the schedules are shares of the run, so they follow --config.train.steps.
-    tokens = config.train.get_ref("steps").to_float() * float(config.train.batch_size * config.train.sequence_length)
-    optimizer, train = config.optimizer, config.train
-    optimizer.update(peak_lr=3e-3, final_lr=3e-4, tail_lr=1e-4)
-    optimizer.warmup_tokens = tokens * 0.05
-    optimizer.constant_tokens = tokens * 0.5
-    optimizer.cosine_tokens = tokens * 0.4
-    optimizer.tail_tokens = tokens * 0.05
-    train.mtp_switch_tokens = tokens * 0.7
-    train.bias_update_tokens = tokens * 0.95
+    config.optimizer.update(peak_lr=3e-3, final_lr=3e-4, tail_lr=1e-4)
+    schedule_by_shares(config)
     config.checkpoint.update(every=70, keep=2)
     return config

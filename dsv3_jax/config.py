@@ -7,22 +7,14 @@ and the remedy.
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-
-class ConfigError(ValueError):
-    """A field that cannot be used: `field`, its value, and what to do instead, in one line."""
-
-    def __init__(self, field: str, value: object, remedy: str):
-        super().__init__(f"{field} = {value!r}: {remedy}")
-        self.field = field
+from dsv3_jax.config_checks import ConfigError, nearest_name, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +144,31 @@ class PrecisionConfig:
     activation_tile: str = "1x128"  # share one FP8 scale: 1x128 | 128x128 | tensor; inputs of linear layers
     gradient_tile: str = "1x128"  # gradients of their outputs
     weight_tile: str = "128x128"
-    impl: str = "auto"  # auto (cuDNN for bf16 on a GPU) | reference
+    impl: str = "auto"  # auto (on Hopper the Pallas kernels, on a GPU cuDNN for bf16 attention) | reference | pallas
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis."""
+    """Devices along each mesh axis. Sequences of a micro-batch are spread over data x node x gpu."""
 
-    data: int = 1  # sequences of a micro-batch are spread over these
+    pipe: int = 1  # stages of the pipeline; 1 until pipelines are there
+    data: int = 1  # groups that each hold all experts
+    node: int = 1  # hosts of such a group: routed experts are spread over node x gpu
+    gpu: int = 1  # devices of a host
+
+    @property
+    def batch_devices(self) -> int:
+        """Devices that a micro-batch is spread over."""
+        return self.data * self.node * self.gpu
+
+    @property
+    def expert_devices(self) -> int:
+        """Devices that the routed experts are spread over."""
+        return self.node * self.gpu
+
+    @property
+    def devices(self) -> int:
+        return self.pipe * self.batch_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +176,9 @@ class ParallelConfig:
     """How the run is spread over devices."""
 
     mesh: MeshConfig = MeshConfig()
+    dispatch: str = "direct"  # how tokens reach experts: direct | two_hop (along node once a target node, then along gpu)
+    dispatch_bound: float | None = None  # rows of dispatch buffers, in multiples of a balanced load; None: the worst case
+    shard: str = "optimizer"  # cut over devices: optimizer (ZeRO-1) | gradients (ZeRO-2) | parameters (FSDP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,18 +223,35 @@ def _to_config_dict(node: Any) -> ConfigDict:
     return out
 
 
+def schedule_by_shares(
+    config: ConfigDict,
+    warmup: float = 0.05,
+    constant: float = 0.5,
+    cosine: float = 0.4,
+    tail: float = 0.05,
+    mtp: float = 0.7,
+    bias: float = 0.95,
+) -> None:
+    """Sets the phases of all schedules as shares of the run's tokens; they follow later overrides of its steps and of their size.
+
+    The phases of `OptimizerConfig`, then where the weight of the MTP loss switches and where router biases stop moving.
+    """
+    optimizer, train = config.optimizer, config.train
+    tokens = train.get_ref("steps").to_float() * train.get_ref("batch_size").to_float() * train.get_ref("sequence_length").to_float()
+    optimizer.warmup_tokens = tokens * warmup
+    optimizer.constant_tokens = tokens * constant
+    optimizer.cosine_tokens = tokens * cosine
+    optimizer.tail_tokens = tokens * tail
+    train.mtp_switch_tokens = tokens * mtp
+    train.bias_update_tokens = tokens * bias
+
+
 def _is_optional(hint: Any) -> bool:
     return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
 
 
 def _inner_type(hint: Any) -> type:
     return next(arg for arg in typing.get_args(hint) if arg is not type(None)) if _is_optional(hint) else hint
-
-
-def nearest_name(name: str, known: Sequence[str]) -> str:
-    """' Did you mean X?' for a misspelt name, or the list of what is known."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
 
 
 def from_config_dict(config: ConfigDict) -> Config:
@@ -255,103 +284,6 @@ def _checked(hint: Any, value: Any, field: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(field, value, "must be a finite number")
     return value
-
-
-_CHOICES = {
-    "model.scoring_func": ("sigmoid", "softmax"),
-    "model.rope_scaling.type": ("none", "linear", "yarn"),
-    "optimizer.moment_dtype": ("float32", "bfloat16"),
-    "train.compute_dtype": ("float32", "bfloat16"),
-    "train.remat": ("none", "selective", "full"),
-    "train.balance": ("loss_free", "auxiliary", "sequence_wise", "batch_wise"),
-    "precision.impl": ("auto", "reference"),
-    "precision.policy": ("bf16", "fp8"),
-    **{f"precision.{name}_tile": ("1x128", "128x128", "tensor") for name in ("activation", "gradient", "weight")},
-}
-_POSITIVE = (
-    "model.vocab_size", "model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads",
-    "model.intermediate_size", "model.moe_intermediate_size",
-    "model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim",
-    "model.max_position_embeddings", "model.initializer_range", "model.rms_norm_eps", "model.rope_theta",
-    "model.rope_scaling.factor", "model.rope_scaling.original_max_position_embeddings",
-    "model.rope_scaling.beta_fast", "model.rope_scaling.beta_slow", "model.n_group", "model.topk_group", "model.routed_scaling_factor",
-    "train.steps", "train.sequence_length", "train.micro_batch_size",
-    "train.batch_size", "train.batch_size_start", "train.eval_every", "train.eval_sequences", "train.max_skipped_steps",
-    "data.held_out", "optimizer.peak_lr", "optimizer.clip_norm", "optimizer.eps", "data.num_shards", "checkpoint.every", "checkpoint.keep",
-    "parallel.mesh.data",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "model.first_k_dense_replace", "model.num_nextn_predict_layers", "model.n_shared_experts", "model.aux_loss_alpha",
-    "optimizer.final_lr", "optimizer.tail_lr", "optimizer.warmup_tokens", "optimizer.constant_tokens",
-    "optimizer.cosine_tokens", "optimizer.tail_tokens", "optimizer.weight_decay", "train.batch_ramp_tokens",
-    "train.bias_update_speed", "train.bias_update_tokens", "train.mtp_switch_tokens", "train.mtp_loss_weight",
-    "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim", "train.mtp_loss_weight_late", "train.seed", "data.seed",
-)  # fmt: skip
-_FRACTIONS = ("data.held_out", "data.fim_rate", "data.boundary_split_rate", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
-
-
-def _get(config: Config, path: str) -> Any:
-    node: Any = config
-    for name in path.split("."):
-        node = getattr(node, name)
-    return node
-
-
-def _require(ok: bool, config: Config, path: str, remedy: str) -> None:
-    if not ok:
-        raise ConfigError(f"config.{path}", _get(config, path), remedy)
-
-
-def validate(config: Config) -> None:
-    """Checks every field and every relation between fields; raises `ConfigError` on the first that fails."""
-    for path, choices in _CHOICES.items():
-        value = _get(config, path)
-        _require(value in choices, config, path, f"{nearest_name(value, choices)} (one of {', '.join(choices)})")
-    for path in _POSITIVE:
-        _require(_get(config, path) > 0, config, path, "must be above 0")
-    for path in _NOT_NEGATIVE:
-        value = _get(config, path)
-        _require(value is None or value >= 0, config, path, "must not be negative")
-    for path in _FRACTIONS:
-        _require(0 <= _get(config, path) < 1, config, path, "must lie in [0, 1)")
-    _validate_model(config)
-    _validate_batch(config)
-
-
-def _validate_model(config: Config) -> None:
-    m = config.model
-    _require(m.q_lora_rank is None or m.q_lora_rank > 0, config, "model.q_lora_rank", "must be above 0, or None for no compression")
-    _require(m.qk_rope_head_dim % 2 == 0, config, "model.qk_rope_head_dim", "must be even: RoPE turns pairs of channels")
-    if m.num_moe_layers == 0 and m.num_nextn_predict_layers == 0:
-        return
-    _require(
-        m.n_routed_experts > 0,
-        config,
-        "model.n_routed_experts",
-        "must be above 0, or set model.first_k_dense_replace to model.num_hidden_layers",
-    )
-    _require(m.n_routed_experts % m.n_group == 0, config, "model.n_routed_experts", f"must be a multiple of model.n_group = {m.n_group}")
-    _require(m.group_top_k is None or m.group_top_k > 0, config, "model.group_top_k", "must be above 0, or None for the paper's K / M")
-    _require(m.topk_group <= m.n_group, config, "model.topk_group", f"must be at most model.n_group = {m.n_group}")
-    reachable = m.topk_group * (m.n_routed_experts // m.n_group)
-    _require(0 < m.num_experts_per_tok <= reachable, config, "model.num_experts_per_tok",
-             f"must lie in 1..{reachable}: the experts of model.topk_group = {m.topk_group} groups")  # fmt: skip
-
-
-def _validate_batch(config: Config) -> None:
-    t, m = config.train, config.model
-    _require(t.sequence_length <= m.max_position_embeddings, config, "train.sequence_length",
-             f"must be at most model.max_position_embeddings = {m.max_position_embeddings}")  # fmt: skip
-    _require(t.sequence_length > m.num_nextn_predict_layers, config, "train.sequence_length",
-             f"must be above the MTP depth model.num_nextn_predict_layers = {m.num_nextn_predict_layers}")  # fmt: skip
-    for path in ("train.batch_size", "train.batch_size_start"):
-        _require(_get(config, path) % t.micro_batch_size == 0, config, path,
-                 f"must be a multiple of train.micro_batch_size = {t.micro_batch_size}")  # fmt: skip
-    _require(t.batch_size_start <= t.batch_size, config, "train.batch_size_start", f"must be at most train.batch_size = {t.batch_size}")
-    _require(t.micro_batch_size % config.data.num_shards == 0, config, "data.num_shards",
-             f"must divide train.micro_batch_size = {t.micro_batch_size}")  # fmt: skip
-    _require(t.micro_batch_size % config.parallel.mesh.data == 0, config, "parallel.mesh.data",
-             f"must divide train.micro_batch_size = {t.micro_batch_size}")  # fmt: skip
 
 
 def check_override(path: str, text: str) -> None:

@@ -53,6 +53,12 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
+def fake_devices(count: int) -> None:
+    """Makes JAX, which must not be loaded yet, see the CPU as so many devices, and nothing else."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+
+
 def fail(message: str) -> None:
     """Prints one line and exits with status 2."""
     print(f"error: {message}", file=sys.stderr)

@@ -3,13 +3,12 @@
     uv run -m experiments.describe --config=configs/v3_671b.py
     uv run -m experiments.describe --config=configs/h200.py --config.train.remat=full --json=h200.json
 
-Parameters are counted from the model's own initialisation. Memory is an estimate for training with weights
-replicated on every device. FLOPs are model FLOPs: nothing is added for recomputation.
+Parameters are counted from the model's own initialisation. Memory is an estimate for training on
+the mesh that the configuration asks for. FLOPs are model FLOPs: nothing is added for recomputation.
 """
 
 import logging
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ConfigError, to_dict
 from experiments import cli
+from experiments.output import check_output, table
 
 CONFIG = cli.define_config()
 TOKENS = flags.DEFINE_float("tokens", None, "Tokens to train on. Without it: those of train.steps.")
@@ -48,10 +48,8 @@ def _check_flags() -> None:
         raise ConfigError("--tokens", tokens, "must be above 0, and finite")
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ConfigError("--utilisation", utilisation, "must be above 0 and at most 1")
-    if JSON.value and not Path(JSON.value).parent.is_dir():
-        raise ConfigError("--json", JSON.value, f"there is no folder {Path(JSON.value).parent}; make it first")
-    if JSON.value and Path(JSON.value).is_dir():
-        raise ConfigError("--json", JSON.value, "is a folder; name a file")
+    if JSON.value:
+        check_output("--json", JSON.value)
 
 
 def describe(
@@ -116,10 +114,10 @@ def _parameters(report: dict[str, Any]) -> str:
 
 def _memory(report: dict[str, Any]) -> str:
     config, cache, per_device = report["config"], report["cache"], report["memory_bytes_per_device"]
-    train, devices, average = config["train"], config["parallel"]["mesh"]["data"], report["host_ema_bytes"]
+    train, devices, average = config["train"], math.prod(config["parallel"]["mesh"].values()), report["host_ema_bytes"]
     trained_on = f"at its peak, in micro-batches of {train['micro_batch_size']} x {train['sequence_length']} tokens"
-    rows = [(f"memory per device, {devices} in all", "bytes", "divided by", "")]
-    rows += [(item["kind"], gib(per_device[item["kind"]]), str(item["devices"]), item["note"]) for item in report["memory"]]
+    rows = [(f"memory per device, {devices} in all", "bytes", "of", "")]
+    rows += [(item["kind"], gib(item["per_device"]), gib(item["whole"]), item["note"]) for item in report["memory"]]
     rows += [
         ("training", gib(report["training_bytes_per_device"]), "", trained_on),
         ("cache", gib(per_device["cache"]), "", f"bf16 latents for decoding, {cache['batch']} x {cache['length']} tokens"),
@@ -163,13 +161,6 @@ def _hours(report: dict[str, Any]) -> str:
         ("GPU hours", f"{h800['hours']:,.1f}", f"{h800['hours_per_trillion_tokens']:,.0f} a trillion tokens"),
     ]  # fmt: skip
     return table(rows, "<><")
-
-
-def table(rows: Sequence[Sequence[str]], align: str) -> str:
-    """Rows as text in columns; `align` has < or > for each. A rule follows the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def scaled(count: float, giga: str = "B") -> str:

@@ -1,13 +1,30 @@
-"""Eight CPU devices for every test, and jaxtyping's shapes checked by beartype in all of the library."""
+"""Eight CPU devices for every test, jaxtyping's shapes checked by beartype in all of the library, and what makes many processes quick."""
 
 import os
+import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process; the others, and the commands that tests launch, inherit this
+    _shared = tempfile.TemporaryDirectory(prefix="dsv3_jax_tests_")
+    # Compiled programs are shared between tests; a folder given from outside keeps them between test runs.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_shared.name}/programs")
+    os.environ |= {
+        # Tests compile much and run little, so they compile without optimising.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # A launched command would spend seconds on compiling JAX's own source where no bytecode may be written beside it.
+        "PYTHONPYCACHEPREFIX": f"{_shared.name}/bytecode",
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
 
 import jax
 from jaxtyping import install_import_hook
 
-# Tests compile much and run little, so they compile without optimising.
-jax.config.update("jax_disable_most_optimizations", True)
-
+jax.config.update("jax_num_cpu_devices", 8)  # of this process; a launched command has the devices of the machine
 install_import_hook(["dsv3_jax", "pallas_kernels"], "beartype.beartype")
+
+LONGEST = ("training/test_resume.py", "test_notebooks.py", "test_ablations.py", "interop/test_commands.py", "training/test_step.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))

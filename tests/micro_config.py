@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.data.update(source=f"text:{sysconfig.get_path('stdlib')}/email/*.py", held_out=0.1, num_shards=2)
     config.train.update(
-        steps=40, sequence_length=16, micro_batch_size=2, batch_size=4, batch_size_start=2, batch_ramp_tokens=640.0,
-        compute_dtype="float32", remat="none", ema_decay=0.9, eval_every=15, eval_sequences=4,
+        steps=24, sequence_length=16, micro_batch_size=2, batch_size=4, batch_size_start=2, batch_ramp_tokens=320.0,
+        compute_dtype="float32", remat="none", ema_decay=0.9, eval_every=9, eval_sequences=4,
     )  # fmt: skip
-    config.optimizer.update(peak_lr=1e-2, warmup_tokens=100.0, constant_tokens=1000.0, cosine_tokens=1000.0)
+    config.optimizer.update(peak_lr=1e-2, warmup_tokens=100.0, constant_tokens=500.0, cosine_tokens=700.0)
     config.checkpoint.update(every=6, keep=3)
     return config

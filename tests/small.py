@@ -1,6 +1,7 @@
 """A model small enough to compile in a second or two, with every part on."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ def model(**changes: Any) -> ModelConfig:
     return dataclasses.replace(MODEL, **changes)
 
 
+@functools.cache
 def parameters(config: ModelConfig, seed: int = 0) -> tuple[dict, RouterBias]:
     """Random parameters and a random router bias, some of it strongly negative."""
     params = jax.jit(lambda key: init_params(config, key))(jax.random.key(seed))

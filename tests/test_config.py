@@ -156,7 +156,24 @@ def test_section_must_be_a_section(value: Any):
         ),
         ({"train__batch_size_start": 16}, "train.batch_size_start", "must be at most train.batch_size = 8"),
         ({"data__num_shards": 3}, "data.num_shards", "must divide train.micro_batch_size = 8"),
-        ({"parallel__mesh__data": 16}, "parallel.mesh.data", "must divide train.micro_batch_size = 8"),
+        (
+            {"parallel__mesh__data": 16, "train__micro_batch_size": 8},
+            "train.micro_batch_size",
+            "must be a multiple of parallel.mesh.data 16 x node 1 x gpu 1 = 16",
+        ),
+        (
+            {
+                "parallel__mesh__gpu": 3,
+                "train__micro_batch_size": 24,
+                "train__batch_size": 24,
+                "train__batch_size_start": 24,
+                "model__n_routed_experts": 256,
+            },
+            "model.n_routed_experts",
+            "must be a multiple of parallel.mesh.node 1 x gpu 3 = 3",
+        ),
+        ({"parallel__dispatch_bound": 0.5}, "parallel.dispatch_bound", "must be at least 1"),
+        ({"parallel__shard": "parameters", "train__remat": "none"}, "parallel.shard", "needs train.remat selective or full"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

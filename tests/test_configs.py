@@ -36,11 +36,12 @@ def test_phases_follow_each_other_and_end_inside_the_run(name: str):
     assert o.peak_lr > o.final_lr > o.tail_lr > 0
 
 
-@pytest.mark.parametrize("name", ["tiny", "colab", "h200"])
-def test_phases_scale_with_the_number_of_steps(name: str):
+@pytest.mark.parametrize("name", ["tiny", "colab", "h200", "study_120m"])
+@pytest.mark.parametrize("changed", ["steps", "batch_size"])
+def test_phases_scale_with_the_length_of_a_run(name: str, changed: str):
     config = load(name)
     before = from_config_dict(config)
-    config.train.steps *= 2
+    config.train[changed] *= 2
     after = from_config_dict(config)
     for field in ("warmup_tokens", "constant_tokens", "cosine_tokens", "tail_tokens"):
         assert getattr(after.optimizer, field) == 2 * getattr(before.optimizer, field)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import Config
-from experiments.describe import describe, gib, render, scaled, table
+from experiments.describe import describe, gib, render, scaled
+from experiments.output import table
 from tests.test_configs import NAMES, frozen
 
 ROOT = Path(__file__).parents[1]
@@ -62,14 +63,15 @@ def test_hours_follow_tokens_and_utilisation():
     assert full == pytest.approx(1e9 * describe(frozen("tiny"))["flops_per_token"]["total"] / (989.5e12 * 0.5 * 3600))
 
 
-def test_a_micro_batch_is_divided_over_the_devices_and_weights_are_not():
+def test_a_micro_batch_is_divided_over_the_devices_and_so_are_masters_but_not_what_a_step_computes_with():
     def spread(config: Config, data: int) -> dict[str, int]:
         parallel = dataclasses.replace(config.parallel, mesh=dataclasses.replace(config.parallel.mesh, data=data))
         return describe(dataclasses.replace(config, parallel=parallel))["memory_bytes_per_device"]
 
     one, eight = spread(frozen("h200"), 1), spread(frozen("h200"), 8)
     assert eight["activations"] * 8 == one["activations"]
-    assert eight["master"] == one["master"] and eight["gradients"] == one["gradients"]
+    assert eight["master"] == pytest.approx(one["master"] / 8, rel=1e-3) and eight["gradients"] == one["gradients"]
+    assert (one["gathered"], eight["gathered"]) == (0, one["master"])
 
 
 def test_table_aligns_columns():

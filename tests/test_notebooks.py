@@ -24,10 +24,7 @@ def executed(request, tmp_path_factory):
     notebook = nbformat.read(request.param, as_version=4)
     (parameters,) = tagged(notebook, "parameters")
     parameters.source = f"STEPS = 6\nWORKDIR = {str(workdir)!r}\nOVERRIDES = {SMALL!r}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "")
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        NotebookClient(notebook, timeout=240, resources={"metadata": {"path": request.param.parent}}).execute()
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": request.param.parent}}).execute()
     return notebook, workdir
 
 

@@ -1,6 +1,5 @@
 """A conversation as the prompt that a model was trained on: the chat template of its tokenizer (Jinja)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import jinja2
 import jinja2.sandbox
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.json_object import read_object
 
 
 def render_chat(folder: Path, messages: Sequence[dict[str, str]]) -> str:
@@ -37,12 +37,9 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("--chat", str(path), f"cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError("--chat", str(path), "is no JSON object")
-    return settings
+        return read_object(path)
+    except ValueError as error:
+        raise ConfigError("--chat", str(path), str(error)) from error
 
 
 def _text(token: Any) -> str:

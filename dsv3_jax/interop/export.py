@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 from tqdm import tqdm
 
 from dsv3_jax.interop.hf_config import model_config_to_hf
 from dsv3_jax.interop.layout import SCALE, Piece, checkpoint_layout, leaf_shapes, piece_index, scale_shape
 from dsv3_jax.interop.safetensors import TensorSpec, write_folder
 from dsv3_jax.interop.store import copy_tokenizer, unfinished
-from dsv3_jax.interop.weights import FP8, WeightSource, read_as
+from dsv3_jax.interop.weights import FP8, WeightSource, kept_dtype, read_as
 
 SHARD_BYTES = 5 * 10**9
 
@@ -37,7 +36,7 @@ def export(
     `copies` are tensors to write once more under another name. Raises ConfigError.
     """
     pieces = {piece.tensor: piece for piece in checkpoint_layout(source.config)}
-    kept = {name: _kept_dtype(source, piece, dtype) for name, piece in pieces.items()}
+    kept = {name: kept_dtype(source, piece.path, dtype) for name, piece in pieces.items()}
     config = _config_json(source, kept, public_config)
     with unfinished(target, identity | {"dtype": dtype, "shard_bytes": shard_bytes}) as draft:
         specs = _specs(pieces, kept, copies or {})
@@ -46,12 +45,6 @@ def export(
             write_folder(draft, specs, read, shard_bytes, lambda spec: bar.update())
         copy_tokenizer(tokenizer_folder, draft)
         (draft / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def _kept_dtype(source: WeightSource, piece: Piece, dtype: str) -> np.dtype:
-    if dtype == "source":
-        return source.stored_dtype(piece.path)
-    return np.dtype(np.float32) if piece.path.startswith("bias/") else ts.dtype(dtype).numpy_dtype
 
 
 def _specs(pieces: dict[str, Piece], kept: dict[str, np.dtype], copies: Mapping[str, str]) -> list[TensorSpec]:

@@ -6,7 +6,6 @@ nobody starts to load or convert what cannot be finished. FP8 scales are small a
 
 import dataclasses
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -22,12 +21,12 @@ from dsv3_jax.interop.hf_config import model_config_from_hf
 from dsv3_jax.interop.layout import SCALE, Piece, checkpoint_layout, is_shared_copy
 from dsv3_jax.interop.safetensors import CheckpointError, read_folder
 from dsv3_jax.interop.weights import FP8, Index, load_params
+from dsv3_jax.json_object import read_object
 from dsv3_jax.model.transformer import Params, RouterBias
 
 _log = logging.getLogger(__name__)
 _FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16, FP8))
 PUBLIC_CONFIG = "config.json"
-_LARGEST_JSON = 100 * 2**20
 
 
 @runtime_checkable
@@ -190,23 +189,15 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a public folder. Raises CheckpointError when there is none or it is no JSON object."""
-    return read_object(folder, PUBLIC_CONFIG)
+    return read_beside(folder, PUBLIC_CONFIG)
 
 
-def read_object(folder: Path, name: str) -> dict[str, Any]:
+def read_beside(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object beside the weights. Raises CheckpointError when there is none."""
-    path = folder / name
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise CheckpointError(name, f"has {path.stat().st_size} bytes, more than any configuration needs", folder)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(name, f"cannot be read: {str(error).splitlines()[0][:200]}", folder) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(name, "is not a JSON object", folder)
-    return value
+        return read_object(folder / name)
+    except ValueError as error:
+        raise CheckpointError(name, str(error), folder) from error
 
 
 def open_public(folder: Path) -> PublicCheckpoint:

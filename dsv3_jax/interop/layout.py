@@ -8,15 +8,16 @@ second tensor, `NAME_scale_inv`, with one scale per 128x128 block; stacked the s
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.init import init_router_bias, parameter_shapes
+from dsv3_jax.precision.quantize import BLOCK
 
-BLOCK = 128  # edge of the square that an FP8 scale belongs to
 SCALE = "_scale_inv"
 
 
@@ -83,10 +84,11 @@ def abstract_tree(config: ModelConfig) -> dict[str, Any]:
     return {"bias": bias._asdict(), "params": parameter_shapes(config)}
 
 
-def leaf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache  # an export asks for every tensor
+def leaf_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter by its path, in the order of the tree; empty ones (the bias of no MTP module) as well."""
     leaves, _ = jax.tree.flatten_with_path(abstract_tree(config))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return MappingProxyType({jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves})
 
 
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from dsv3_jax.config import ConfigError, ModelConfig, default_config, from_dict,
 from dsv3_jax.interop.huggingface import PUBLIC_CONFIG, PublicCheckpoint, open_public
 from dsv3_jax.interop.layout import Piece, piece_index, scale_path, scale_shape, stored_shapes
 from dsv3_jax.interop.safetensors import CheckpointError
-from dsv3_jax.interop.weights import FP8, Index, read_as
+from dsv3_jax.interop.weights import FP8, Index, kept_dtype, read_as
 
 MANIFEST = "weights.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -143,9 +143,7 @@ def _plan(public: PublicCheckpoint, dtype: str) -> dict[str, dict[str, Any]]:
     """Dtype and shape of every array to write."""
     arrays: dict[str, dict[str, Any]] = {}
     for path, shape in stored_shapes(public.config).items():
-        stored = public.stored_dtype(path)
-        # The router bias stays float32: its steps of 0.001 are lost in bfloat16.
-        kept = stored if dtype == "source" else np.dtype(np.float32) if path.startswith("bias/") else ts.dtype(dtype).numpy_dtype
+        kept = kept_dtype(public, path, dtype)
         arrays[path] = {"dtype": ts.dtype(kept).name, "shape": list(shape)}
         if kept == FP8:
             piece = next(iter(public.pieces[path].values()))

@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.interop.layout import BLOCK, abstract_tree, leaf_shapes
+from dsv3_jax.interop.layout import abstract_tree, leaf_shapes
 from dsv3_jax.model.transformer import Params, RouterBias
+from dsv3_jax.precision.quantize import BLOCK
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 Index = tuple[slice, ...]
@@ -35,17 +36,32 @@ class WeightSource(Protocol):
         """A part of the scales of a parameter that is kept in FP8; the index counts scales."""
 
 
-def load_params(source: WeightSource, dtype: str, sharding: jax.sharding.Sharding) -> tuple[Params, RouterBias]:
-    """Parameters in `dtype` (FP8 ones dequantized) and router bias in float32, each device reading only its part."""
+Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def load_params(source: WeightSource, dtype: str, sharding: Shardings) -> tuple[Params, RouterBias]:
+    """Parameters in `dtype` (FP8 ones dequantized) and router bias in float32, each device reading only its part.
+
+    `sharding`: of every parameter, or a function of its path ("params/moe/mlp/router", "bias/moe") and shape.
+    """
+    sharding_of = sharding if callable(sharding) else lambda path, shape: sharding
 
     def reader(path: str, shape: tuple[int, ...]) -> Callable[[Any], np.ndarray]:
-        kind = np.dtype(np.float32) if path.startswith("bias/") else jax.numpy.dtype(dtype)
+        kind = kept_dtype(source, path, dtype)
         return lambda index: read_as(source, path, whole_index(index, shape), kind) if 0 not in shape else np.zeros(shape, kind)
 
     shapes = leaf_shapes(source.config)
-    leaves = [jax.make_array_from_callback(shape, sharding, reader(path, shape)) for path, shape in shapes.items()]
+    leaves = [jax.make_array_from_callback(shape, sharding_of(path, shape), reader(path, shape)) for path, shape in shapes.items()]
     tree = jax.tree.unflatten(jax.tree.structure(abstract_tree(source.config)), leaves)
     return tree["params"], RouterBias(**tree["bias"])
+
+
+def kept_dtype(source: WeightSource, path: str, dtype: str) -> np.dtype:
+    """What a parameter becomes where `dtype` is asked for: source (as it is stored, FP8 included), float32 or bfloat16."""
+    if dtype == "source":
+        return source.stored_dtype(path)
+    # The router bias stays float32: its steps of 0.001 are lost in bfloat16.
+    return np.dtype(np.float32) if path.startswith("bias/") else jax.numpy.dtype(dtype)
 
 
 def read_as(source: WeightSource, path: str, index: Index, dtype: np.dtype) -> np.ndarray:

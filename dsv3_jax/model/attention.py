@@ -17,8 +17,8 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def resolve_implementation(impl: str, backend: str, dtype: str) -> str:
-    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once."""
-    if impl != "auto":
+    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. `pallas` asks for products only."""
+    if impl not in ("auto", "pallas"):
         return impl
     choice = "cudnn" if backend == "gpu" and dtype in ("bfloat16", "float16") else "reference"
     _log.info("attention: impl=auto picked %s (backend %s, %s)", choice, backend, dtype)

@@ -10,9 +10,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, TokenContext
+from dsv3_jax.precision.policy import Recipe
 
 # Leaves up to this size are cut from one draw: on a CPU every draw of its own costs half a second of compilation.
-_SMALL_LEAF = 2**22
+SMALL_LEAF = 2**22
 # Leaves with these names are scales of norms: they start at 1, and weight decay leaves them alone.
 NORM_NAMES = ("norm", "scale")
 
@@ -20,17 +21,17 @@ NORM_NAMES = ("norm", "scale")
 def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Normal with std `initializer_range`; scales of norms are 1."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(parameter_shapes(config))
-    small = sum(leaf.size for _, leaf in leaves if leaf.size <= _SMALL_LEAF)
+    small = sum(leaf.size for _, leaf in leaves if leaf.size <= SMALL_LEAF)
     pool, used = config.initializer_range * jax.random.normal(key, (small,)), 0
     values: list[Array] = []
     for i, (path, leaf) in enumerate(leaves):
         if path[-1].key in NORM_NAMES:
             values.append(jnp.ones(leaf.shape))
-        elif leaf.size <= _SMALL_LEAF:
+        elif leaf.size <= SMALL_LEAF:
             values.append(pool[used : used + leaf.size].reshape(leaf.shape))
         else:
             values.append(config.initializer_range * jax.random.normal(jax.random.fold_in(key, i), leaf.shape))
-        used += leaf.size if leaf.size <= _SMALL_LEAF else 0
+        used += leaf.size if leaf.size <= SMALL_LEAF else 0
     return jax.tree.unflatten(tree, values)
 
 
@@ -42,7 +43,8 @@ def parameter_shapes(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
         shapes["lm_head"] = _float32(d, v)
     x = _float32(1, 1, d)
     context = jax.eval_shape(lambda: TokenContext(jnp.zeros((1, 1), jnp.int32), None, jnp.ones((1, 1))))
-    bias, execution = _float32(config.n_routed_experts), Execution(impl="reference")
+    # Shapes need no choice of an implementation, and a command that is refused logs none.
+    bias, execution = _float32(config.n_routed_experts), Execution(impl="reference", recipe=Recipe(impl="reference"))
     if config.num_dense_layers:
         shapes["dense"] = _stacked(Block(config, execution, False), config.num_dense_layers, x, bias, context)
     if config.num_moe_layers:

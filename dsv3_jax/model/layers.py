@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.precision.linear import linear, swiglu_linear
+from dsv3_jax.precision.linear import ffn, linear
 from dsv3_jax.precision.policy import BF16, LINEAR, Recipe, Role
 
 
@@ -116,4 +116,4 @@ class SwiGLU(nn.Module):
         normal = nn.initializers.normal(self.init_std)
         gate_up = self.param("gate_up_proj", normal, (d, 2, self.ffn_size), jnp.float32)
         down = self.param("down_proj", normal, (self.ffn_size, d), jnp.float32)
-        return swiglu_linear(linear(x, gate_up.reshape(d, -1), self.recipe), down, self.recipe)
+        return ffn(x, gate_up.reshape(d, -1), down, self.recipe)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mtp import predict_ahead, target_weights
-from dsv3_jax.model.transformer import Execution, Params, RouterBias, head_kernel, trunk
+from dsv3_jax.model.transformer import Execution, Params, RouterBias, TrunkOutput, head_kernel, trunk
 
 # Logits held at once, in elements: 1 GiB of float32.
 LOGITS_PER_CHUNK = 2**28
@@ -29,6 +29,7 @@ class Losses(NamedTuple):
     mtp: list[HeadSums]
     balance_loss: Float[Array, ""]  # sum over layers, before aux_loss_alpha
     load: RouterBias  # tokens each expert received, laid out as the router bias
+    fullness: Float[Array, ""]  # of the fullest dispatch buffer of all layers
 
 
 @jax.custom_vjp
@@ -95,7 +96,13 @@ def _chunk_loss(scores: Array, targets: Array, weights: Array) -> tuple[HeadSums
 
 def compute_losses(params: Params, bias: RouterBias, rows: Int[Array, "b row"], config: ModelConfig, execution: Execution) -> Losses:
     """Forward pass over rows of T+1 tokens: main head, MTP heads, balance losses and loads."""
-    main = trunk(params, bias, rows[:, :-1], config, execution)
+    return head_losses(params, bias, trunk(params, bias, rows[:, :-1], config, execution), rows, config, execution)
+
+
+def head_losses(
+    params: Params, bias: RouterBias, main: TrunkOutput, rows: Int[Array, "b row"], config: ModelConfig, execution: Execution
+) -> Losses:
+    """The part of `compute_losses` that follows the trunk: both kinds of head, and the MTP modules."""
     kernel = head_kernel(params)
 
     def sums(hidden: Array, targets: Array, weights: Array) -> HeadSums:
@@ -109,6 +116,7 @@ def compute_losses(params: Params, bias: RouterBias, rows: Int[Array, "b row"], 
         [sums(out.hidden, out.targets, out.weights) for out in ahead],
         main.balance_loss + sum(out.balance_loss for out in ahead),
         RouterBias(main.load, mtp_load),
+        jnp.stack([main.fullness, *(out.fullness for out in ahead)]).max(),
     )
 
 

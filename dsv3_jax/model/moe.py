@@ -16,9 +16,11 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
-from dsv3_jax.precision.linear import grouped_linear, grouped_swiglu_linear
-from dsv3_jax.precision.policy import BF16, EXPERT_UP, Recipe
+from dsv3_jax.parallel.expert import ALONE, Placement, arriving_pairs, combine_tokens, dispatch_tokens
+from dsv3_jax.precision.linear import grouped_ffn
+from dsv3_jax.precision.policy import BF16, Recipe
 from dsv3_jax.precision.quantize import BLOCK
+from pallas_kernels.backend import is_hopper
 
 
 class BlockPlan(NamedTuple):
@@ -26,44 +28,55 @@ class BlockPlan(NamedTuple):
 
     slot: Int[Array, "n k"]  # row of the flat buffer that holds the pair
     pair: Int[Array, " rows"]  # pair (token * k + choice) of each row; n * k for padding
-    block_expert: Int[Array, " blocks"]
+    block_expert: Int[Array, " blocks"]  # n_experts: nobody's, at the end
 
 
 class MoEOutput(NamedTuple):
-    """Output of a MoE layer and what balancing needs to see."""
+    """Output of a MoE layer, and what balancing and dispatch need to see."""
 
     y: Float[Array, "b t d"]
     load: Float[Array, " e"]
     balance_loss: Float[Array, ""]
+    fullness: Float[Array, ""]  # of the fullest dispatch buffer; above 1 y is wrong, see parallel.expert; 0 without dispatch
 
 
 def block_rows(pairs: int, n_experts: int, backend: str) -> int:
     """Rows of a block: about a quarter of an expert's mean run, a power of two, so that padding stays under a quarter.
 
-    A CPU gains nothing beyond 64 rows. A GPU wants larger tiles, which also gather fewer copies of the kernels.
+    A CPU gains nothing beyond 64 rows. A GPU wants larger tiles, which also gather fewer copies of the kernels; those
+    for Hopper gather nothing and work on tiles of 128 or 256 rows.
     """
-    largest = 64 if backend == "cpu" else 1024
-    rows = 1
+    smallest, largest = (1, 64) if backend == "cpu" else (128, 256 if is_hopper() else 1024)
+    rows = smallest
     while rows * 2 <= min(largest, pairs // (4 * n_experts)):
         rows *= 2
     return rows
 
 
-def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int) -> BlockPlan:
-    """Sorts the pairs by expert (stably) and lays each expert's run out from the start of a block."""
+def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int | None = None) -> BlockPlan:
+    """Sorts the pairs by expert (stably) and lays each expert's run out from the start of a block.
+
+    With `most`, numbers of `n_experts` and above are experts that are elsewhere, and at most so many pairs have one that is
+    here: the first block is then padding, and the pairs of experts elsewhere share its first row of zeros.
+    """
     pairs = experts.size
-    blocks = min(pairs, (pairs + n_experts * (rows - 1)) // rows)
+    here = pairs if most is None else most
+    blocks = min(here, (here + n_experts * (rows - 1)) // rows) + (most is not None)
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=n_experts)
-    block_ends = jnp.cumsum(-(-counts // rows))
+    block_ends = (most is not None) + jnp.cumsum(-(-counts // rows))
     first_slot = (block_ends - (-(-counts // rows))) * rows
     first_sorted = jnp.cumsum(counts) - counts
     sorted_expert = flat[order]
     slot_sorted = first_slot[sorted_expert] + jnp.arange(pairs) - first_sorted[sorted_expert]
+    if most is not None:
+        slot_sorted = jnp.where(sorted_expert < n_experts, slot_sorted, blocks * rows)
+    pair = jnp.full(blocks * rows, pairs, jnp.int32).at[slot_sorted].set(order.astype(jnp.int32), unique_indices=most is None)
+    if most is not None:
+        slot_sorted = jnp.where(slot_sorted < blocks * rows, slot_sorted, 0)
     slot = jnp.zeros(pairs, jnp.int32).at[order].set(slot_sorted.astype(jnp.int32), unique_indices=True)
-    pair = jnp.full(blocks * rows, pairs, jnp.int32).at[slot_sorted].set(order.astype(jnp.int32), unique_indices=True)
-    block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right").clip(0, n_experts - 1)
+    block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right")
     return BlockPlan(slot.reshape(experts.shape), pair, block_expert.astype(jnp.int32))
 
 
@@ -105,36 +118,44 @@ def expert_ffn(
     down: Float[Array, "e f d"],
     rows: int,
     recipe: Recipe = BF16,
-) -> Float[Array, "n d"]:
-    """Sum over each token's experts of `gate * down(silu(x W_gate) * (x W_up))`.
+    placement: Placement = ALONE,
+) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+    """Sum over each token's experts of `gate * down(silu(x W_gate) * (x W_up))`, and the fullness of the buffers.
 
     The gate multiplies the SwiGLU output instead of the result, which is the same sum: the gradient of the
     gate then needs no copy of the down-projection's output, the largest activation of the layer.
     """
     e, d = gate_up.shape[:2]
-    plan = plan_blocks(routing.experts, e, rows)
-    blocks = dispatch(x, plan).reshape(-1, rows, d)
-    hidden = grouped_linear(blocks, gate_up.reshape(e, d, -1), plan.block_expert, recipe, EXPERT_UP)
-    gates = rows_of_gates(routing.gates, plan).reshape(-1, rows, 1)
-    return combine(grouped_swiglu_linear(hidden, gates, down, plan.block_expert, recipe).reshape(-1, d), plan)
+    n_experts = e * placement.ranks
+    arrived = dispatch_tokens(x, routing.experts, routing.gates, n_experts, placement, recipe.sends_inputs)
+    n, k = routing.experts.shape
+    most = arriving_pairs(n, k, n_experts, placement)
+    plan = plan_blocks(arrived.experts, e, rows, most if placement.hops else None)
+    blocks = dispatch(arrived.x, plan).reshape(-1, rows, d)
+    gates = rows_of_gates(arrived.gates, plan).reshape(-1, rows, 1)
+    y = combine(grouped_ffn(blocks, gate_up.reshape(e, d, -1), gates, down, plan.block_expert, recipe).reshape(-1, d), plan)
+    fullness = jnp.maximum(arrived.fullness, (arrived.experts < e).sum() / most) if placement.hops else jnp.zeros(())
+    return combine_tokens(y, arrived.plans, placement, recipe.sends_gradients), fullness
 
 
 class Experts(nn.Module):
-    """Parameters of the routed experts, stacked on a leading expert axis."""
+    """Parameters of the routed experts of one device, stacked on a leading expert axis."""
 
     config: ModelConfig
     recipe: Recipe = BF16
+    placement: Placement = ALONE
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n d"], routing: Routing) -> Float[Array, "n d"]:
+    def __call__(self, x: Float[Array, "n d"], routing: Routing) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
         c = self.config
+        here = c.n_routed_experts // self.placement.ranks
         normal = nn.initializers.normal(c.initializer_range)
-        gate_up = self.param("gate_up_proj", normal, (c.n_routed_experts, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
-        down = self.param("down_proj", normal, (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size), jnp.float32)
-        rows = block_rows(routing.experts.size, c.n_routed_experts, jax.default_backend())
+        gate_up = self.param("gate_up_proj", normal, (here, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
+        down = self.param("down_proj", normal, (here, c.moe_intermediate_size, c.hidden_size), jnp.float32)
+        rows = block_rows(routing.experts.size, here, jax.default_backend())
         if self.recipe.fp8:
             rows = max(rows, BLOCK)  # a tile of Wgrad lies within a block
-        return expert_ffn(x, routing, gate_up, down, rows, self.recipe)
+        return expert_ffn(x, routing, gate_up, down, rows, self.recipe, self.placement)
 
 
 class MoE(nn.Module):
@@ -143,6 +164,7 @@ class MoE(nn.Module):
     config: ModelConfig
     balance: str
     recipe: Recipe = BF16
+    placement: Placement = ALONE
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], weights: Float[Array, "b t"]) -> MoEOutput:
@@ -150,9 +172,10 @@ class MoE(nn.Module):
         flat = x.reshape(-1, c.hidden_size)
         kernel = self.param("router", nn.initializers.normal(c.initializer_range), (c.hidden_size, c.n_routed_experts), jnp.float32)
         routing = route(flat, kernel, bias, c)
-        y = Experts(c, self.recipe, name="experts")(flat, routing)
+        y, fullness = Experts(c, self.recipe, self.placement, name="experts")(flat, routing)
         if c.n_shared_experts:
             width = c.n_shared_experts * c.moe_intermediate_size
             y = y + SwiGLU(width, c.initializer_range, self.recipe, name="shared_experts")(flat)
         load = picked_counts(routing.experts, weights.reshape(-1), c.n_routed_experts)
-        return MoEOutput(y.reshape(x.shape), load, balance_loss(routing, weights, self.balance, c))
+        balance = balance_loss(routing, weights, self.balance, c, self.placement.batch_axes)
+        return MoEOutput(y.reshape(x.shape), load, balance, fullness)

@@ -23,19 +23,21 @@ from dsv3_jax.model.transformer import (
     RouterBias,
     TokenContext,
     embed,
+    layer_gatherer,
     rematerialised,
     segments,
 )
 
 
 class MTPOutput(NamedTuple):
-    """One prediction depth: states for the head, which of them have a target, load, balance loss."""
+    """One prediction depth: states for the head, which of them have a target, and what its layer reports."""
 
     hidden: Float[Array, "b t d"]
     targets: Int[Array, "b t"]
     weights: Float[Array, "b t"]
     load: Float[Array, " e"]
     balance_loss: Float[Array, ""]
+    fullness: Float[Array, ""]
 
 
 class MTPModule(nn.Module):
@@ -86,12 +88,13 @@ def predict_ahead(
     positions = jnp.broadcast_to(jnp.arange(t), (rows.shape[0], t))
     segment_ids = segments(rows[:, :t], execution.document_eos)
     module, outputs = MTPModule(config, execution), []
-    apply = rematerialised(lambda p, *args: module.apply({"params": p}, *args), execution.remat)
+    ready = layer_gatherer(execution, "mtp")
+    apply = rematerialised(lambda p, *args: module.apply({"params": ready(p)}, *args), execution.remat)
     for k in range(1, config.num_nextn_predict_layers + 1):
         module_params = jax.tree.map(lambda p, k=k: p[k - 1], params["mtp"])
         weights = target_weights(rows, k, execution.document_eos)
         context = TokenContext(positions, segment_ids, weights)
         out, normed = apply(module_params, hidden, embed(params, shifted(rows, k), execution.dtype), bias.mtp[k - 1], context)
-        outputs.append(MTPOutput(normed, shifted(rows, k + 1), weights, out.load, out.balance_loss))
+        outputs.append(MTPOutput(normed, shifted(rows, k + 1), weights, out.load, out.balance_loss, out.fullness))
         hidden = out.x
     return outputs

@@ -56,20 +56,25 @@ def picked_counts(experts: Int[Array, "*b n k"], weights: Float[Array, "*b n"], 
     return (picked * weights[..., None]).sum(-2)
 
 
-def balance_loss(routing: Routing, weights: Float[Array, "b t"], strategy: str, config: ModelConfig) -> Float[Array, ""]:
+def balance_loss(
+    routing: Routing, weights: Float[Array, "b t"], strategy: str, config: ModelConfig, batch_axes: tuple[str, ...] = ()
+) -> Float[Array, ""]:
     """The balance term of one layer, before `aux_loss_alpha`; each of its sums is 1 when perfectly balanced.
 
     loss_free, sequence_wise: per sequence, averaged (eq. 17-20). batch_wise: the same formula over all
     tokens of the micro-batch at once (sec. 4.5.3). auxiliary: the pure auxiliary loss of DeepSeek-V2 (2405.04434, eq. 23-28),
     an expert-level term per sequence plus a device-level one over the expert groups.
+    `batch_axes`: mesh axes that the micro-batch is spread over; batch_wise sums over them.
     """
     e, k = config.n_routed_experts, config.num_experts_per_tok
     shape = (1, -1) if strategy == "batch_wise" else weights.shape
     w = weights.reshape(shape)
     normalised = routing.affinities / routing.affinities.sum(-1, keepdims=True)
-    tokens = jnp.maximum(w.sum(-1, keepdims=True), 1.0)
-    frequency = picked_counts(routing.experts.reshape(*shape, k), w, e) * (e / k) / tokens
-    probability = jnp.einsum("bt,bte->be", w, normalised.reshape(*shape, e)) / tokens
+    sums = (w.sum(-1, keepdims=True), picked_counts(routing.experts.reshape(*shape, k), w, e),
+            jnp.einsum("bt,bte->be", w, normalised.reshape(*shape, e)))  # fmt: skip
+    counted, picked, probability = jax.lax.psum(sums, batch_axes) if strategy == "batch_wise" and batch_axes else sums
+    tokens = jnp.maximum(counted, 1.0)
+    frequency, probability = picked * (e / k) / tokens, probability / tokens
     loss = (frequency * probability).sum(-1).mean()
     if strategy == "auxiliary" and config.n_group > 1:
         groups = (frequency.shape[0], config.n_group, -1)

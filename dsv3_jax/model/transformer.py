@@ -9,6 +9,7 @@ The router bias is a second pytree, `RouterBias`, because it is state and not a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
 from dsv3_jax.model.mla import MLA, Latent
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.parallel.expert import ALONE, Placement
 from dsv3_jax.precision.policy import BF16, Recipe
 
 Params = dict[str, Any]  # nested; leaves are arrays
@@ -43,6 +45,7 @@ class Execution:
     balance: str = "loss_free"
     recipe: Recipe = BF16  # of the products of linear layers
     document_eos: int | None = None  # set: attention and losses stop at this token
+    placement: Placement = ALONE  # on the devices of a mesh
 
     @classmethod
     def of(cls, config: Config, eos_id: int) -> "Execution":
@@ -60,11 +63,12 @@ class RouterBias(NamedTuple):
 
 
 class BlockOutput(NamedTuple):
-    """Output of a layer; load and balance loss are zeros for a dense layer."""
+    """Output of a layer, the rest as in `MoEOutput`; zeros for a dense layer."""
 
     x: Float[Array, "b t d"]
     load: Float[Array, " e"]
     balance_loss: Float[Array, ""]
+    fullness: Float[Array, ""]
 
 
 class TokenContext(NamedTuple):
@@ -87,8 +91,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.rms_norm_eps)
         self.self_attn = MLA(c, self.execution.impl, self.execution.recipe)
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
-        recipe = self.execution.recipe
-        self.mlp = MoE(c, self.execution.balance, recipe) if self.is_moe else SwiGLU(c.intermediate_size, c.initializer_range, recipe)
+        recipe, balance = self.execution.recipe, self.execution.balance
+        dense = lambda: SwiGLU(c.intermediate_size, c.initializer_range, recipe)  # noqa: E731
+        self.mlp = MoE(c, balance, recipe, self.execution.placement) if self.is_moe else dense()
 
     def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], context: TokenContext) -> BlockOutput:
         x = x + self.self_attn(self.input_layernorm(x), context.positions, context.segment_ids)
@@ -105,8 +110,8 @@ class Block(nn.Module):
         normed = self.post_attention_layernorm(x)
         if self.is_moe:
             out = self.mlp(normed, bias, weights)
-            return BlockOutput(x + out.y, out.load, out.balance_loss)
-        return BlockOutput(x + self.mlp(normed), jnp.zeros(self.config.n_routed_experts), jnp.zeros(()))
+            return BlockOutput(x + out.y, out.load, out.balance_loss, out.fullness)
+        return BlockOutput(x + self.mlp(normed), jnp.zeros(self.config.n_routed_experts), jnp.zeros(()), jnp.zeros(()))
 
 
 def rematerialised(f: Callable, policy: str) -> Callable:
@@ -115,6 +120,12 @@ def rematerialised(f: Callable, policy: str) -> Callable:
         return f
     saved = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES) if policy == "selective" else None
     return jax.checkpoint(f, policy=saved, prevent_cse=False)
+
+
+def layer_gatherer(execution: Execution, section: str) -> Callable[[Params], Params]:
+    """What turns the parameters of one layer of a section into those that it computes with."""
+    gather = execution.placement.gather_layer
+    return functools.partial(gather, section) if gather else lambda layer_params: layer_params
 
 
 def segments(tokens: Int[Array, "b t"], eos_id: int | None) -> Int[Array, "b t"] | None:
@@ -148,11 +159,12 @@ def logits(params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]
 
 
 class TrunkOutput(NamedTuple):
-    """Hidden states after the final norm, load of each MoE layer, sum of their balance losses."""
+    """Hidden states after the final norm; load of each MoE layer, sum of their balance losses, their largest fullness."""
 
     hidden: Float[Array, "b t d"]
     load: Float[Array, "layers e"]
     balance_loss: Float[Array, ""]
+    fullness: Float[Array, ""]
 
 
 def trunk(params: Params, bias: RouterBias, tokens: Int[Array, "b t"], config: ModelConfig, execution: Execution) -> TrunkOutput:
@@ -162,11 +174,19 @@ def trunk(params: Params, bias: RouterBias, tokens: Int[Array, "b t"], config: M
         x, _ = scan_blocks(
             params["dense"], jnp.zeros((config.num_dense_layers, config.n_routed_experts)), x, context, config, execution, False
         )
-    load, balance_loss = jnp.zeros((0, config.n_routed_experts)), jnp.zeros(())
+    load, balance_loss, fullness = jnp.zeros((0, config.n_routed_experts)), jnp.zeros(()), jnp.zeros(())
     if "moe" in params:
-        x, (load, losses) = scan_blocks(params["moe"], bias.moe, x, context, config, execution, True)
-        balance_loss = losses.sum()
-    return TrunkOutput(rms_norm(x, params["norm"], config.rms_norm_eps), load, balance_loss)
+        x, out = scan_blocks(params["moe"], bias.moe, x, context, config, execution, True)
+        load, balance_loss, fullness = out.load, out.balance_loss.sum(), out.fullness.max()
+    return TrunkOutput(rms_norm(x, params["norm"], config.rms_norm_eps), load, balance_loss, fullness)
+
+
+class LayerReports(NamedTuple):
+    """What the layers of a stack return beside their output."""
+
+    load: Float[Array, "layers e"]
+    balance_loss: Float[Array, " layers"]
+    fullness: Float[Array, " layers"]
 
 
 def scan_blocks(
@@ -177,15 +197,27 @@ def scan_blocks(
     config: ModelConfig,
     execution: Execution,
     is_moe: bool,
-) -> tuple[Float[Array, "b t d"], tuple[Float[Array, "layers e"], Float[Array, " layers"]]]:
-    """Runs a stack of layers of one kind; returns the output, and load and balance loss of each layer."""
-    block = Block(config, execution, is_moe)
+    count: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "b t d"], LayerReports]:
+    """Runs a stack of layers of one kind; returns the output, and what each layer reports.
 
-    def layer(x: Array, layer_params: Params, layer_bias: Array) -> tuple[Array, tuple[Array, Array]]:
-        out = block.apply({"params": layer_params}, x, layer_bias, context)
-        return out.x, (out.load, out.balance_loss)
+    `count`: only the first so many of the stack are layers and the rest is padding, for stages of a pipeline; None: all are.
+    """
+    block, ready = Block(config, execution, is_moe), layer_gatherer(execution, "moe" if is_moe else "dense")
+
+    def layer(x: Array, layer_params: Params, layer_bias: Array) -> tuple[Array, LayerReports]:
+        out = block.apply({"params": ready(layer_params)}, x, layer_bias, context)
+        return out.x, LayerReports(*out[1:])
 
     layer = rematerialised(layer, execution.remat)
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
     unroll = execution.remat == "none" and bias.shape[0] <= UNROLLED_LAYERS and jax.default_backend() == "cpu"
-    return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=unroll)
+    if count is None:
+        return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=unroll)
+
+    def layer_or_padding(x: Array, per_layer: tuple[Array, Params, Array]) -> tuple[Array, LayerReports]:
+        is_layer, *arguments = per_layer
+        _, nothing = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(layer, x, *arguments))
+        return jax.lax.cond(is_layer, layer, lambda x, *_: (x, nothing), x, *arguments)
+
+    return jax.lax.scan(layer_or_padding, x, (jnp.arange(bias.shape[0]) < count, stack, bias), unroll=unroll)

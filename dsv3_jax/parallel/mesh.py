@@ -1,4 +1,13 @@
-"""The device mesh, and how a batch lies on it."""
+"""The device mesh: four axes, always there, each of any size (V3 sec. 3.1-3.2).
+
+    pipe   stages of the pipeline
+    data   copies of the experts
+    node   hosts that share the experts, joined by InfiniBand
+    gpu    devices of such a host, joined by NVLink
+
+A batch lies on data x node x gpu, the routed experts on node x gpu. `gpu` changes fastest from device to device, so
+that the devices of a host, which JAX numbers one after another, are neighbours on it.
+"""
 
 import jax
 import numpy as np
@@ -7,13 +16,24 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ConfigError, MeshConfig
 
+AXES = ("pipe", "data", "node", "gpu")
+BATCH_AXES = ("data", "node", "gpu")
+EXPERT_AXES = ("node", "gpu")
+
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over the first `data` devices. Raises ConfigError when there are not that many."""
+    """A mesh over the first pipe x data x node x gpu devices. Raises ConfigError when there are not that many.
+
+    With several processes every device has to be in it: each process trains on its own.
+    """
     devices = jax.devices()
-    if config.data > len(devices):
-        raise ConfigError("config.parallel.mesh.data", config.data, f"there are {len(devices)} devices; use at most that many")
-    return Mesh(np.array(devices[: config.data]), ("data",), axis_types=(AxisType.Auto,))
+    wanted, there = config.devices, len(devices)
+    if wanted > there or (jax.process_count() > 1 and wanted != there):
+        sizes = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+        remedy = f"{sizes} are {wanted} devices and there are {there} devices; change an axis (on a CPU, --host_devices fakes more)"
+        raise ConfigError("config.parallel.mesh", wanted, remedy)
+    shape = [getattr(config, axis) for axis in AXES]
+    return Mesh(np.array(devices[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -22,5 +42,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows [micro, b, T + 1], the sequences b spread over the devices."""
-    return NamedSharding(mesh, P(None, "data", None))
+    """Rows [micro, b, T + 1], the sequences b spread over data x node x gpu."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))

@@ -8,21 +8,28 @@ so that the three products of a Linear are visible (V3 sec. 3.3.1):
     Dgrad  dx = dy W^T       FP8: 1x128 by 128x128
     Wgrad  dW = x^T dy       FP8: 1x128 by 128x1, both tiles along tokens; summed and returned in float32
 
+`ffn` and `grouped_ffn` are whole FFNs, which the kernels for Hopper fuse further (`precision.hopper`).
+
 Master weights are float32 and are cast, or quantized, here at the moment of use. What a backward pass keeps of x is
 x itself in the dtype of activations, or in FP8 its values and scales.
 """
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.precision import hopper
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.matmul import quantized_matmul
-from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, LINEAR, Recipe, Role
-from dsv3_jax.precision.quantize import Quantized, dequantize, quantize
+from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
+from dsv3_jax.precision.quantize import Quantized, dequantize, quantize, retile
+from pallas_kernels.backend import use_pallas
+
+_log = logging.getLogger(__name__)
 
 BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
 
@@ -40,6 +47,7 @@ def grouped_linear(
     role: Role = LINEAR,
 ) -> Float[Array, "blocks rows n"]:
     """Each block of rows times the kernel of its expert; `block_expert` is sorted, experts may own no block.
+    The number of experts stands for blocks that none owns, which hold zeros.
 
     Rows that pad a block are zero, so they add nothing to Wgrad. The kernels of all blocks are gathered
     first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
@@ -71,21 +79,50 @@ def grouped_swiglu_linear(
     return _swiglu_product(hidden, gates.astype(hidden.dtype), kernel, block_expert, recipe, EXPERT_DOWN)
 
 
+def ffn(x: Float[Array, "*b d"], up: Float[Array, "d two_f"], down: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
+    """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]."""
+    if recipe.fp8 and _on_kernels(recipe, x, (*up.shape, *down.shape), down.shape[0]):
+        return _fused_ffn(_rows(x), up, None, down, None, recipe, (LINEAR, LINEAR)).reshape(*x.shape[:-1], down.shape[1])
+    return swiglu_linear(linear(x, up, recipe), down, recipe)
+
+
+def grouped_ffn(
+    x: Float[Array, "blocks rows d"],
+    up: Float[Array, "experts d two_f"],
+    gates: Float[Array, "blocks rows 1"],
+    down: Float[Array, "experts f n"],
+    block_expert: Int[Array, " blocks"],
+    recipe: Recipe = BF16,
+) -> Float[Array, "blocks rows n"]:
+    """`(gates * swiglu(x @ up)) @ down` with the kernels of each block's expert: the routed experts."""
+    if recipe.fp8 and _on_kernels(recipe, x, (*up.shape[1:], *down.shape[1:]), down.shape[1], x.shape[1]):
+        flat = _fused_ffn(_rows(x), up, gates.reshape(-1), down, block_expert, recipe, (EXPERT_UP, EXPERT_DOWN))
+        return flat.reshape(*x.shape[:-1], down.shape[2])
+    hidden = grouped_linear(x, up, block_expert, recipe, EXPERT_UP)
+    return grouped_swiglu_linear(hidden, gates, down, block_expert, recipe)
+
+
 # --- one product and its gradients ---
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
-    return _fprop(x, kernel, block_expert, recipe, role)
+    return _product_fwd(x, kernel, block_expert, recipe, role)[0]
 
 
 def _product_fwd(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
+    if recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert)):
+        y, lines = hopper.fprop(_rows(x), kernel, _owners(x, kernel, block_expert), role)
+        return y.reshape(*x.shape[:-1], -1), (_named(lines, role.name), kernel, block_expert)
     kept = _named(_kept(x, recipe, role), role.name) if recipe.fp8 else x
     return _fprop(x, kernel, block_expert, recipe, role), (kept, kernel, block_expert)
 
 
 def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None]:
     kept, kernel, block_expert = residual
+    if isinstance(kept, hopper.Kept):
+        dx, d_kernel = hopper.gradients(kept, kernel, _owners(dy, kernel, block_expert), _rows(dy), role)
+        return dx.reshape(*dy.shape[:-1], -1), d_kernel, None
     return (*_gradients(kept, kernel, block_expert, dy, recipe, role), None)
 
 
@@ -94,25 +131,84 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _swiglu_product(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
-    return _fprop(swiglu(hidden) * gates, kernel, block_expert, recipe, role)
+    return _swiglu_fwd(hidden, gates, kernel, block_expert, recipe, role)[0]
 
 
 def _swiglu_fwd(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
     kept = _named(quantize(hidden, recipe.input_tile) if recipe.fp8 else hidden, "swiglu_in")
-    y = _fprop(swiglu(hidden) * gates, kernel, block_expert, recipe, role)
+    y = _fprop(_activated(hidden, gates, recipe), kernel, block_expert, recipe, role).astype(hidden.dtype)
     return y, (kept, gates, kernel, block_expert)
+
+
+def _activated(hidden: Array, gates: Array, recipe: Recipe) -> Array:
+    """The input of the product. What is going to be quantized is computed in float32 and rounded once."""
+    wide = jnp.float32 if recipe.fp8 else hidden.dtype
+    return swiglu(hidden.astype(wide)) * gates.astype(wide)
 
 
 def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
     kept, gates, kernel, block_expert = residual
-    hidden = dequantize(kept, dy.dtype.name) if recipe.fp8 else kept
-    activated, gradient_of_activation = jax.vjp(lambda h, g: swiglu(h) * g, hidden, gates)
+    hidden = dequantize(kept) if recipe.fp8 else kept
+    activated, gradient_of_activation = jax.vjp(lambda h, g: _activated(h, g, recipe), hidden, gates)
     again = _kept(activated, recipe, role) if recipe.fp8 else activated
     d_activated, d_kernel = _gradients(again, kernel, block_expert, dy, recipe, role)
-    return (*gradient_of_activation(d_activated), d_kernel, None)
+    d_hidden, d_gates = gradient_of_activation(d_activated.astype(activated.dtype))
+    return d_hidden.astype(dy.dtype), d_gates, d_kernel, None
 
 
 _swiglu_product.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _fused_ffn(
+    x: Array, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: tuple[Role, Role]
+) -> Array:
+    return _fused_fwd(x, up, gates, down, block_expert, recipe, roles)[0]
+
+
+def _fused_fwd(
+    x: Array, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: tuple[Role, Role]
+) -> tuple[Array, tuple]:
+    owned = None if block_expert is None else hopper.owners(block_expert, x.shape[0] // block_expert.size, up.shape[0])
+    y, inputs, hidden = hopper.ffn(x, up, None if gates is None else gates.astype(jnp.float32), down, owned, roles)
+    return y, (_named(inputs, roles[0].name), _named(hidden, "swiglu_in"), up, gates, down, block_expert)
+
+
+def _fused_bwd(recipe: Recipe, roles: tuple[Role, Role], residual: tuple, dy: Array) -> tuple[Array, Array, Array | None, Array, None]:
+    inputs, hidden, up, gates, down, block_expert = residual
+    owned = None if block_expert is None else hopper.owners(block_expert, dy.shape[0] // block_expert.size, up.shape[0])
+    wide = None if gates is None else gates.astype(jnp.float32)
+    dx, d_up, d_gates, d_down = hopper.ffn_gradients((inputs, hidden), up, wide, down, owned, dy, roles)
+    return dx, d_up, None if d_gates is None else d_gates.astype(gates.dtype), d_down, None
+
+
+_fused_ffn.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _on_kernels(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: int | None = None, rows: int | None = None) -> bool:
+    """Whether the kernels for Hopper run this product: where they cannot, `impl="pallas"` is refused and "auto" says so."""
+    if not use_pallas(recipe.impl):
+        return False
+    reason = hopper.unsupported(recipe, x, tuple(widths), ffn_width, rows)
+    if reason is None:
+        return True
+    if recipe.impl == "pallas":
+        raise NotImplementedError(f"precision.impl='pallas': {reason}; use precision.impl='auto' or 'reference'")
+    _log_reference(reason)
+    return False
+
+
+@functools.cache
+def _log_reference(reason: str) -> None:
+    _log.info("impl=auto runs a product in plain JAX: %s", reason)
+
+
+def _block_rows(x: Array, block_expert: BlockExpert) -> int | None:
+    return None if block_expert is None else x.shape[1]
+
+
+def _owners(x: Array, kernel: Array, block_expert: BlockExpert) -> hopper.Owners | None:
+    return None if block_expert is None else hopper.owners(block_expert, x.shape[1], kernel.shape[0])
 
 
 def _kept(x: Array, recipe: Recipe, role: Role) -> Quantized:
@@ -120,12 +216,16 @@ def _kept(x: Array, recipe: Recipe, role: Role) -> Quantized:
     return quantize(x, recipe.input_tile, role.stored, role.wgrad_power_of_two)
 
 
-def _named(kept: Array | Quantized, name: str) -> Array | Quantized:
+def _named[T](kept: T, name: str) -> T:
     return jax.tree.map(lambda part: checkpoint_name(part, name), kept)
 
 
 def _fprop(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
     if not recipe.fp8:
+        if block_expert is not None and _on_kernels(recipe, x, kernel.shape[1:], rows=x.shape[1]):
+            return hopper.grouped_bf16(_rows(x), kernel, hopper.owners(block_expert, x.shape[1], kernel.shape[0])).reshape(
+                *x.shape[:-1], -1
+            )
         return jnp.matmul(x, _of_blocks(kernel.astype(x.dtype), block_expert))
     inputs = quantize(x, recipe.input_tile, E4M3, role.input_power_of_two)
     return quantized_matmul(inputs, _quantized_kernel(kernel, block_expert, recipe)).astype(x.dtype)
@@ -138,9 +238,13 @@ def _gradients(
     if isinstance(kept, Quantized):
         gradient = quantize(dy, recipe.gradient_tile, E4M3, role.gradient_power_of_two)
         dx = quantized_matmul(gradient, _quantized_kernel(kernel, block_expert, recipe).transpose()).astype(dy.dtype)
-        columns = quantize(dequantize(kept).mT, recipe.input_tile, E4M3, role.wgrad_power_of_two)
+        columns = retile(kept.transpose(), recipe.input_tile, E4M3, role.wgrad_power_of_two)
         rows = quantize(dy, recipe.gradient_tile[::-1], E4M3, role.gradient_power_of_two)
         return dx, _sum_over_blocks(quantized_matmul(columns, rows), kernel, block_expert)
+    if block_expert is not None and _on_kernels(recipe, dy, kernel.shape[1:], rows=dy.shape[1]):
+        owned = hopper.owners(block_expert, dy.shape[1], kernel.shape[0])
+        dx, d_kernel = hopper.grouped_gradients_bf16(_rows(kept), kernel, owned, _rows(dy))
+        return dx.reshape(kept.shape), d_kernel.astype(kernel.dtype)
     dx = jnp.matmul(dy, _of_blocks(kernel.astype(dy.dtype), block_expert).mT)
     by_block = jnp.einsum("...mk,...mn->...kn", kept, dy, preferred_element_type=jnp.float32)
     return dx, _sum_over_blocks(by_block, kernel, block_expert)
@@ -151,7 +255,7 @@ def _rows(x: Array) -> Array:
 
 
 def _of_blocks(per_expert: Array, block_expert: BlockExpert) -> Array:
-    return per_expert if block_expert is None else per_expert.at[block_expert].get(mode="promise_in_bounds")
+    return per_expert if block_expert is None else per_expert.at[block_expert].get(mode="clip")  # blocks without an expert hold zeros
 
 
 def _quantized_kernel(kernel: Array, block_expert: BlockExpert, recipe: Recipe) -> Quantized:

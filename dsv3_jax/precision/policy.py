@@ -54,11 +54,23 @@ class Recipe:
     input_tile: Tile = TILES["1x128"]
     gradient_tile: Tile = TILES["1x128"]
     weight_tile: Tile = TILES["128x128"]
+    impl: str = "auto"  # "pallas": the kernels for Hopper; "reference": plain JAX; "auto": the kernels where they can run
+
+    @property
+    def sends_inputs(self) -> bool:
+        """Whether MoE dispatch sends E4M3: where a row's scales depend on that row alone."""
+        return self.fp8 and self.input_tile == TILES["1x128"]
+
+    @property
+    def sends_gradients(self) -> bool:
+        """The same for what it sends in the backward pass."""
+        return self.fp8 and self.gradient_tile == TILES["1x128"]
 
     @classmethod
     def of(cls, config: PrecisionConfig) -> "Recipe":
         """The recipe that the precision section of a configuration names."""
-        return cls(config.policy == "fp8", TILES[config.activation_tile], TILES[config.gradient_tile], TILES[config.weight_tile])
+        inputs, gradients, weights = (TILES[name] for name in (config.activation_tile, config.gradient_tile, config.weight_tile))
+        return cls(config.policy == "fp8", inputs, gradients, weights, config.impl)
 
 
 BF16 = Recipe()

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.precision.formats import E4M3, SMALLEST_NORMAL, Format, flush, round_up_to_power_of_two
 
-BLOCK = 128
+BLOCK = 128  # of the recipe's tiles; also the edge of the squares that scales of public FP8 weights belong to
 Tile = tuple[int, int]
 
 

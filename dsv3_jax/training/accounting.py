@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import Config, ModelConfig, TrainConfig
 from dsv3_jax.inference.cache import init_cache
@@ -19,6 +20,9 @@ from dsv3_jax.model.attention import resolve_implementation
 from dsv3_jax.model.init import parameter_shapes
 from dsv3_jax.model.moe import block_rows, plan_blocks
 from dsv3_jax.model.transformer import SAVED_NAMES
+from dsv3_jax.parallel.expert import Placement, arriving_pairs, make_hops
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.sharding import places
 from dsv3_jax.training.schedule import batch_size
 
 FLOAT32_BYTES = 4
@@ -162,44 +166,56 @@ def mha_bytes_per_token(model: ModelConfig) -> int:
 
 
 class Memory(NamedTuple):
-    """Bytes of one kind of tensor: of one whole copy, and the number of devices that the copy is divided over."""
+    """Bytes of one kind of tensor: of one whole copy, and of a device's part of it."""
 
     kind: str
     whole: int
-    devices: int
+    per_device: int
     note: str
 
-    @property
-    def per_device(self) -> int:
-        return -(-self.whole // self.devices)
+
+def parameters_per_device(config: Config, kind: str) -> int:
+    """Parameters that one device holds, MTP included, by its `master` or its `compute` place (`parallel.sharding`)."""
+    mesh = config.parallel.mesh
+    abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
+    where = places(parameter_shapes(config.model), abstract)
+    held = jax.tree.map(lambda leaf, at: leaf.size // at.parts(kind, abstract), parameter_shapes(config.model), where)
+    return sum(jax.tree.leaves(held))
 
 
 def device_memory(config: Config) -> list[Memory]:
     """What training holds on the devices at its peak, kind by kind: the backward pass of a micro-batch.
 
-    Left out: the logits of one chunk, expert kernels that the reference `grouped_linear` gathers, and what XLA
-    needs inside one operation.
+    Left out: the logits of one chunk, expert kernels that the reference `grouped_linear` gathers, what XLA
+    needs inside one operation, and with `parallel.shard=parameters` the weights gathered for one layer.
     """
     counts, train, moments = count_parameters(config.model), config.train, config.optimizer.moment_dtype
-    parameters, accumulates = counts.total + counts.mtp, train.batch_size > train.micro_batch_size
+    parameters, accumulates, shard = counts.total + counts.mtp, train.batch_size > train.micro_batch_size, config.parallel.shard
+    devices, master = config.parallel.mesh.batch_devices, parameters_per_device(config, "master")
+    at_use = master if shard == "parameters" else parameters_per_device(config, "compute")
+    summed = at_use if shard == "optimizer" else master
     cast = cast_bytes(config)
     # The loss makes a gradient of the head for every use of it; the first is the one counted with the parameters.
     head_gradients = config.model.num_nextn_predict_layers * config.model.hidden_size * config.model.vocab_size
     gradients = (2 if accumulates else 1) * parameters + head_gradients
-    wholes = {
-        "master": (FLOAT32_BYTES * parameters, "float32 parameters, MTP included"),
-        "weights": (cast, f"{train.compute_dtype} copies, made a layer at a time" if cast else "none: products take the master weights"),
-        "gradients": (FLOAT32_BYTES * gradients, "float32" + (", of a micro-batch and their sum" if accumulates else "")),
-        "moments": (2 * jnp.dtype(moments).itemsize * parameters, f"{moments}, first and second"),
-        "activations": (sum(activation_bytes(config).values()), f"kept for the backward pass, remat {train.remat}"),
-        "recomputed": (recomputed_bytes(config), "activations of the layer that the backward pass is in"),
-    }
-    return [Memory(kind, whole, devices_sharing(kind, config), note) for kind, (whole, note) in wholes.items()]
-
-
-def devices_sharing(kind: str, config: Config) -> int:
-    """Devices that one copy of a kind of tensor is divided over: weights are replicated, the micro-batch is not."""
-    return config.parallel.mesh.data if kind in ("activations", "recomputed") else 1
+    gathered = 0 if at_use == master else parameters
+    moment_bytes, activations, recomputed = (
+        2 * jnp.dtype(moments).itemsize,
+        sum(activation_bytes(config).values()),
+        recomputed_bytes(config),
+    )
+    gradient_note = "float32" + (", of a micro-batch and their sum" if accumulates else "")
+    gradients_held = at_use + (summed if accumulates else 0) + head_gradients
+    return [
+        Memory("master", FLOAT32_BYTES * parameters, FLOAT32_BYTES * master, "float32 parameters, MTP included"),
+        Memory("gathered", FLOAT32_BYTES * gathered, FLOAT32_BYTES * at_use if gathered else 0, "float32 copies that a step computes with"),
+        Memory("weights", cast, cast * at_use // parameters if gathered else cast,
+               f"{train.compute_dtype} copies, made a layer at a time" if cast else "none: products take the float32 weights"),
+        Memory("gradients", FLOAT32_BYTES * gradients, FLOAT32_BYTES * gradients_held, gradient_note),
+        Memory("moments", moment_bytes * parameters, moment_bytes * master, f"{moments}, first and second"),
+        Memory("activations", activations, -(-activations // devices), f"kept for the backward pass, remat {train.remat}"),
+        Memory("recomputed", recomputed, -(-recomputed // devices), "activations of the layer that the backward pass is in"),
+    ]  # fmt: skip
 
 
 def ema_bytes(config: Config) -> int:
@@ -258,32 +274,33 @@ def layer_activations(config: Config, is_moe: bool, remat: str) -> dict[str, int
     tokens, itemsize = train.micro_batch_size * train.sequence_length, jnp.dtype(train.compute_dtype).itemsize
     kept = {"layer_input": tokens * model.hidden_size * itemsize}
     if remat in ("selective", "none"):
-        kept |= saved_bytes(model, is_moe, tokens, itemsize)
+        kept |= saved_bytes(config, is_moe, tokens, itemsize)
     if remat == "none":
         kept |= _recomputed_bytes(config, is_moe, tokens, itemsize)
     return kept
 
 
-def saved_bytes(model: ModelConfig, is_moe: bool, tokens: int, itemsize: int) -> dict[str, int]:
+def saved_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dict[str, int]:
     """Bytes of each of `SAVED_NAMES` in one layer."""
-    m = model
+    m = config.model
     elements = {
         "q_latent": tokens * (m.q_lora_rank or 0),
         "kv_latent": tokens * (m.kv_lora_rank + m.qk_rope_head_dim),
         "attention_out": tokens * m.num_attention_heads * m.v_head_dim,
         "attention_residual": tokens * m.hidden_size,
-        "swiglu_in": 2 * _ffn_elements(m, is_moe, tokens),
+        "swiglu_in": 2 * _ffn_elements(config, is_moe, tokens),
     }
     indices = tokens * m.num_experts_per_tok * 4 if is_moe else 0
     sizes = {name: count * itemsize for name, count in elements.items()} | {"routing": indices}
     return {name: sizes[name] for name in SAVED_NAMES}
 
 
-def _ffn_elements(model: ModelConfig, is_moe: bool, tokens: int) -> int:
+def _ffn_elements(config: Config, is_moe: bool, tokens: int) -> int:
     """Numbers in the inner activation of a layer's SwiGLUs."""
+    model = config.model
     if not is_moe:
         return model.intermediate_size * tokens
-    return model.moe_intermediate_size * (buffer_rows(model, tokens) + model.n_shared_experts * tokens)
+    return model.moe_intermediate_size * (buffer_rows(config, tokens) + model.n_shared_experts * tokens)
 
 
 def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dict[str, int]:
@@ -297,15 +314,19 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
         "norms": tokens * copies * (2 * m.hidden_size + (m.q_lora_rank or 0) + m.kv_lora_rank),
         "queries_keys_values": tokens * heads * (2 * m.qk_head_dim + m.v_head_dim) * itemsize,
         "attention_scores": tokens * heads * (config.train.sequence_length * per_score + 2 * FLOAT32_BYTES),
-        "expert_inputs": buffer_rows(m, tokens) * m.hidden_size * itemsize if is_moe else 0,
+        "expert_inputs": buffer_rows(config, tokens) * m.hidden_size * itemsize if is_moe else 0,
     }
 
 
 @functools.cache
-def buffer_rows(model: ModelConfig, tokens: int) -> int:
-    """Rows of the buffer of routed experts on a GPU: a row for each (token, expert) pair, and the padding of blocks."""
-    pairs = tokens * model.num_experts_per_tok
-    rows = block_rows(pairs, model.n_routed_experts, "gpu")
-    experts = jax.ShapeDtypeStruct((tokens, model.num_experts_per_tok), jnp.int32)
-    plan = jax.eval_shape(functools.partial(plan_blocks, n_experts=model.n_routed_experts, rows=rows), experts)
-    return plan.pair.shape[0]
+def buffer_rows(config: Config, tokens: int) -> int:
+    """Rows of the buffers of routed experts on all GPUs: one for each (token, expert) pair that there is room for, and padding."""
+    model, mesh = config.model, config.parallel.mesh
+    here, k = model.n_routed_experts // mesh.expert_devices, model.num_experts_per_tok
+    placement = Placement(hops=make_hops(config.parallel.dispatch, mesh, model), bound=config.parallel.dispatch_bound)
+    of_device = tokens // mesh.batch_devices
+    most = arriving_pairs(of_device, k, model.n_routed_experts, placement) if placement.hops else None
+    rows = block_rows(of_device * k, here, "gpu")
+    experts = jax.ShapeDtypeStruct((of_device, k), jnp.int32)
+    plan = jax.eval_shape(functools.partial(plan_blocks, n_experts=here, rows=rows, most=most), experts)
+    return plan.pair.shape[0] * mesh.batch_devices

@@ -188,6 +188,7 @@ def _join(model: dict[str, Any], optimizer: dict[str, Any]) -> TrainState:
     return TrainState(optimizer["step"], model["params"], optimizer["opt_state"], model["router_bias"], optimizer["skipped_in_a_row"])
 
 
-def abstract_like(tree: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-    """Shapes, dtypes and placement of a pytree of arrays or shapes, for `restore`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def abstract_like(tree: PyTree, sharding: jax.sharding.Sharding | PyTree[jax.sharding.Sharding]) -> PyTree:
+    """Shapes, dtypes and placement of a pytree of arrays or shapes, for `restore`; one sharding, or a tree of them."""
+    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, jax.sharding.Sharding) else sharding
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -27,7 +27,9 @@ from dsv3_jax.config import ConfigError, DataConfig
 from dsv3_jax.training.corpus import Documents
 from dsv3_jax.training.tokenizer import Vocabulary, encode, spread_order
 
-PREFETCH_TOKENS = 2**19  # how far each process reads ahead; 2 MiB of rows
+# How far each process reads ahead: 2 MiB of rows, and of short rows no more than the next steps can use.
+PREFETCH_TOKENS = 2**19
+PREFETCH_ROWS = 64  # of every stream
 _VALIDATION_SPREAD = 8  # validation rows are picked from a stretch of text up to that many times as long
 
 
@@ -154,7 +156,7 @@ def _pipeline(
     shuffled = grain.MapDataset.source(documents).seed(data.seed).random_map(encode_one).shuffle()
     rows = [_stream(shuffled[stream :: data.num_shards], row_length) for stream in streams]
     slabs = grain.experimental.ZipIterDataset(rows).map(np.stack)
-    ahead = max(1, PREFETCH_TOKENS // (len(streams) * row_length))
+    ahead = max(1, min(PREFETCH_ROWS, PREFETCH_TOKENS // (len(streams) * row_length)))
     return grain.experimental.ThreadPrefetchIterDataset(slabs, prefetch_buffer_size=ahead)
 
 

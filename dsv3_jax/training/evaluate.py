@@ -38,11 +38,15 @@ def evaluate(
     byte_lengths: Int[np.ndarray, " v"],
     document_eos: int | None = None,
     place: Callable[[np.ndarray], Array] = jax.numpy.asarray,
+    devices: int = 1,
 ) -> Evaluation:
-    """Runs over the rows in batches of one shape; what does not fill a batch is left out, unless it is all there is."""
+    """Runs over the rows in batches of one shape; what does not fill a batch is left out, unless it is all there is.
+
+    A batch is a multiple of the `devices` that it is spread over. Raises ConfigError where there are not that many rows.
+    """
     heads: list[list[HeadSums]] = []
     used = 0
-    for chunk in batches(rows, batch):
+    for chunk in batches(rows, batch, devices):
         losses = jax.device_get(step(params, bias, place(chunk)))
         heads.append([losses.main, *losses.mtp])
         has_target = np.asarray(target_weights(jax.numpy.asarray(chunk), 0, document_eos))
@@ -57,9 +61,12 @@ def evaluate(
     )
 
 
-def batches(rows: Int[np.ndarray, "n row"], batch: int) -> Iterator[Int[np.ndarray, "b row"]]:
+def batches(rows: Int[np.ndarray, "n row"], batch: int, devices: int) -> Iterator[Int[np.ndarray, "b row"]]:
     """Rows in whole batches."""
-    batch = min(batch, len(rows))
+    batch = min(batch, len(rows)) // devices * devices
+    if batch == 0:
+        remedy = f"there are {len(rows)} rows of held-out text for {devices} devices; raise it or data.held_out, or use fewer devices"
+        raise ConfigError("config.train.eval_sequences", len(rows), remedy)
     for start in range(0, len(rows) - batch + 1, batch):
         yield rows[start : start + batch]
 

@@ -37,8 +37,9 @@ def sample_completions(trainer: Trainer) -> list[dict[str, str]]:
         return []
     starts = [len(ids) // 2 for _, ids in chosen]
     prompts = [ids[s : s + length] for (_, ids), s in zip(chosen, starts, strict=True)]
+    params, bias = jax.device_put((trainer.state.params, trainer.state.router_bias), jax.local_devices()[0])  # generate runs on one device
     steps = generate(
-        trainer.state.params, trainer.state.router_bias, prompts, trainer.config.model, trainer.execution,
+        params, bias, prompts, trainer.config.model, trainer.execution,
         max_new_tokens=length, temperature=0.7, top_p=0.9, key=jax.random.key(trainer.config.train.seed),
     )  # fmt: skip
     completions = np.stack(list(steps), axis=1)

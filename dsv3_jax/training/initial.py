@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import Config, ConfigError
 from dsv3_jax.interop.store import open_weights
 from dsv3_jax.interop.weights import load_params
 from dsv3_jax.model.transformer import Params, RouterBias
+from dsv3_jax.parallel.sharding import place
 from dsv3_jax.training.tokenizer import FILE_NAME
 
 # Fields of the model that training goes on with may differ in: none of them shapes a parameter.
@@ -32,6 +34,11 @@ def check_initial(config: Config) -> None:
             raise ConfigError(f"config.model.{field.name}", ours, f"{config.init_from} was made with {value!r}; give that value")
 
 
-def load_initial(config: Config, sharding: jax.sharding.Sharding) -> tuple[Params, RouterBias]:
-    """The checkpoint's parameters as float32 masters, and its router bias."""
+def load_initial(config: Config, mesh: Mesh) -> tuple[Params, RouterBias]:
+    """The checkpoint's parameters as float32 masters on their devices, and its router bias."""
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        kind, _, name = path.partition("/")
+        return NamedSharding(mesh, place(name, shape, mesh).master if kind == "params" else P())
+
     return load_params(open_weights(Path(config.init_from)), "float32", sharding)

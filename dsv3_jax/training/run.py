@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import Config, ConfigError, default_config, from_config_dict, to_dict
-from dsv3_jax.interop.huggingface import PUBLIC_CONFIG, read_object
+from dsv3_jax.config import Config, ConfigError, MeshConfig, default_config, from_config_dict, to_dict
+from dsv3_jax.interop.huggingface import PUBLIC_CONFIG, read_beside
 from dsv3_jax.interop.safetensors import CheckpointError
 from dsv3_jax.interop.store import open_weights
 from dsv3_jax.interop.weights import load_params
@@ -59,7 +59,7 @@ def load_run(workdir: Path, ema: bool) -> Run:
     tokenizer = Tokenizer.from_file(str(workdir / TOKENIZER_FILE))
     vocabulary = Vocabulary.from_tokenizer(tokenizer, config.data)
     shapes = (parameter_shapes(config.model), jax.eval_shape(lambda: init_router_bias(config.model)))
-    abstract = abstract_like(shapes, replicated(make_mesh(config.parallel.mesh)))
+    abstract = abstract_like(shapes, replicated(make_mesh(MeshConfig())))  # one device, whatever it was trained on
     params, bias = restore_model(directory, step, abstract, ema)
     return Run(workdir, config, Execution.of(config, vocabulary.eos_id), params, bias, step, (vocabulary.eos_id,))
 
@@ -76,14 +76,14 @@ def load_checkpoint(folder: Path, dtype: str | None) -> Run:
     settings.train.update(sequence_length=min(source.config.max_position_embeddings, 4096), compute_dtype=dtype)
     settings.data.fim_rate = 0.0  # evaluation needs no fill-in-the-middle tokens
     config = from_config_dict(settings)
-    params, bias = load_params(source, dtype, replicated(make_mesh(config.parallel.mesh)))
+    params, bias = load_params(source, dtype, replicated(make_mesh(MeshConfig())))
     return Run(folder, config, Execution.of(config, 0), params, bias, None, _eos_ids(folder))
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
     """End tokens by generation_config.json or config.json, which hold one id or a list."""
     for name in ("generation_config.json", PUBLIC_CONFIG):
-        ids = read_object(folder, name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = read_beside(folder, name).get("eos_token_id") if (folder / name).is_file() else None
         if ids is not None:
             ids = ids if isinstance(ids, list) else [ids]
             if not all(type(token) is int for token in ids):

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.init import init_params, init_router_bias
+from dsv3_jax.model.init import SMALL_LEAF, init_params, init_router_bias
 from dsv3_jax.model.transformer import Params, RouterBias
 
 
@@ -22,8 +24,12 @@ class TrainState(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
 
 
-def create_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """Fresh state from `train.seed`; pure, so that `jit` can place it with any sharding."""
+def create_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """Fresh state from `train.seed`; pure, so that `jit` can place it with any sharding, on `mesh`."""
     params = init_params(config.model, jax.random.key(config.train.seed))
+    if mesh is not None:
+        # Parameters cut from one draw are made whole everywhere: XLA would cut the draw as it cuts them, warn that it cannot, and join it.
+        whole = NamedSharding(mesh, P())
+        params = jax.tree.map(lambda p: jax.lax.with_sharding_constraint(p, whole) if p.size <= SMALL_LEAF else p, params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), init_router_bias(config.model), zero)

@@ -1,7 +1,11 @@
 """One optimizer step and one evaluation pass, as pure functions to be jitted once.
 
+Gradients and losses are made by a function of one device's rows under `shard_map`, so every exchange between devices is
+written out: weights gathered, tokens dispatched, gradients and counts summed. A mesh of one device is the same code.
+
 Micro-batches are accumulated by a loop whose trip count is an argument, so a growing batch (V3 sec. 4.2)
-never recompiles. A step whose loss or gradient is not finite leaves parameters, moments and bias alone.
+never recompiles. A step whose loss or gradient is not finite leaves parameters, moments and bias alone; one whose tokens
+did not fit the dispatch buffers (`fullness` above 1) leaves everything as it was, to be made again with larger ones.
 """
 
 from collections.abc import Callable
@@ -10,12 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.loss import HeadSums, Losses, compute_losses, objective, target_counts
 from dsv3_jax.model.router import update_bias
 from dsv3_jax.model.transformer import Execution, Params, RouterBias
+from dsv3_jax.training.spread import Spread
 from dsv3_jax.training.state import TrainState
 
 
@@ -36,58 +42,88 @@ class StepMetrics(NamedTuple):
     load: RouterBias  # tokens each expert received
     grad_norm: Float[Array, ""]
     skipped_in_a_row: Int[Array, ""]  # 0: this step was applied
+    fullness: Float[Array, ""]  # of the fullest dispatch buffer; above 1: nothing was done
 
 
 TrainStep = Callable[[TrainState, Int[Array, "micro b row"], Int[Array, ""], Rates], tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(config: Config, execution: Execution, optimizer: optax.GradientTransformation) -> TrainStep:
-    """`step(state, rows, n, rates)`: uses the first n micro-batches of `rows` [micro, b, T + 1]."""
-    model = config.model
-
-    def gradients(params: Params, bias: RouterBias, rows: Array, counts: Array, rates: Rates, n: Array) -> tuple[Params, Losses]:
-        def loss(p: Params) -> tuple[Array, Losses]:
-            losses = compute_losses(p, bias, rows, model, execution)
-            return objective(losses, counts, rates.mtp_loss_weight, model.aux_loss_alpha / n), losses
-
-        return jax.grad(loss, has_aux=True)(params)
+def make_train_step(config: Config, execution: Execution, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainStep:
+    """`step(state, rows, n, rates)`: uses the first n micro-batches of `rows` [micro, b, T + 1]. mesh None: one device."""
+    spread = Spread.of(config, execution, mesh)
+    gradients = spread.over_rows(_make_gradients(config, spread), micro_batches=True, scalars=2, returns_gradients=True)
 
     def step(state: TrainState, rows: Array, n: Array, rates: Rates) -> tuple[TrainState, StepMetrics]:
-        used = jnp.arange(rows.shape[0]) < n
-        counts = (jax.vmap(lambda r: target_counts(r, model, execution))(rows) * used[:, None]).sum(0)
-        micro = lambda i: gradients(state.params, state.router_bias, rows[i], counts, rates, n)  # noqa: E731
-        grads, losses = _sum_over(micro, n, rows.shape[0])
+        grads, losses = gradients(state.params, state.router_bias, rows, n, rates)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(losses.main.nll)
-        new_state = _apply(state, grads, losses.load, rates, finite, optimizer)
-        return new_state, StepMetrics(losses.main, losses.mtp, losses.balance_loss / n, losses.load, grad_norm, new_state.skipped_in_a_row)
+        new_state = _apply(state, grads, losses, rates, finite, optimizer)
+        balance_loss, skipped = losses.balance_loss / n, new_state.skipped_in_a_row
+        return new_state, StepMetrics(losses.main, losses.mtp, balance_loss, losses.load, grad_norm, skipped, losses.fullness)
 
     return step
 
 
-def _sum_over(f: Callable[[Any], Any], n: Array, largest: int) -> Any:
+def _make_gradients(config: Config, spread: Spread) -> Callable[..., tuple[Params, Losses]]:
+    """Of one device's rows: master parts of the whole batch's gradient, and the batch's losses."""
+    model, execution = config.model, spread.execution
+
+    def gradients(params: Params, bias: RouterBias, rows: Array, n: Array, rates: Rates) -> tuple[Params, Losses]:
+        used = jnp.arange(rows.shape[0]) < n
+        counts = spread.sum((jax.vmap(lambda r: target_counts(r, model, execution))(rows) * used[:, None]).sum(0))
+        balance_weight = model.aux_loss_alpha / (n * spread.devices)
+
+        def loss(p: Params, rows: Array) -> tuple[Array, Losses]:
+            losses = compute_losses(spread.at_use(p), bias, rows, model, execution)
+            return objective(losses, counts, rates.mtp_loss_weight, balance_weight), losses
+
+        held = spread.before_loop(params)
+
+        def micro(i: Array | int) -> tuple[Params, Losses]:
+            grads, losses = jax.grad(loss, has_aux=True)(held, rows[i])
+            return spread.after_micro_batch(grads), losses
+
+        grads, losses = _sum_over(micro, n, rows.shape[0])
+        return spread.after_loop(grads), spread.sum_losses(losses)
+
+    return gradients
+
+
+def _sum_over(f: Callable[[Any], tuple[Params, Losses]], n: Array, largest: int) -> tuple[Params, Losses]:
     """Sum of f(0) .. f(n - 1); without a loop when there can only be one."""
     if largest == 1:
         return f(0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, 0))
-    return jax.lax.fori_loop(0, n, lambda i, total: jax.tree.map(jnp.add, total, f(i)), zeros)
+
+    def add(i: Array, total: tuple[Params, Losses]) -> tuple[Params, Losses]:
+        new = f(i)
+        grads, losses = jax.tree.map(jnp.add, total, new)
+        return grads, losses._replace(fullness=jnp.maximum(total[1].fullness, new[1].fullness))
+
+    return jax.lax.fori_loop(0, n, add, zeros)
 
 
 def _apply(
-    state: TrainState, grads: Params, load: RouterBias, rates: Rates, finite: Array, optimizer: optax.GradientTransformation
+    state: TrainState, grads: Params, losses: Losses, rates: Rates, finite: Array, optimizer: optax.GradientTransformation
 ) -> TrainState:
     direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rates.learning_rate * d, state.params, direction)
-    bias = jax.tree.map(lambda b, one_load: update_bias(b, one_load, rates.bias_update_speed), state.router_bias, load)
+    bias = jax.tree.map(lambda b, one_load: update_bias(b, one_load, rates.bias_update_speed), state.router_bias, losses.load)
+    fits = losses.fullness <= 1
     old = (state.params, state.opt_state, state.router_bias)
-    params, opt_state, bias = jax.tree.map(lambda new, before: jnp.where(finite, new, before), (params, opt_state, bias), old)
-    return TrainState(state.step + 1, params, opt_state, bias, jnp.where(finite, 0, state.skipped_in_a_row + 1))
+    params, opt_state, bias = jax.tree.map(lambda new, before: jnp.where(finite & fits, new, before), (params, opt_state, bias), old)
+    skipped = jnp.where(fits, jnp.where(finite, 0, state.skipped_in_a_row + 1), state.skipped_in_a_row)
+    return TrainState(state.step + fits, params, opt_state, bias, skipped)
 
 
-def make_eval_step(config: Config, execution: Execution) -> Callable[[Params, RouterBias, Int[Array, "b row"]], Losses]:
-    """Losses of a batch of rows, without gradients."""
+def make_eval_step(
+    config: Config, execution: Execution, mesh: Mesh | None = None
+) -> Callable[[Params, RouterBias, Int[Array, "b row"]], Losses]:
+    """Losses of a batch of rows, without gradients. mesh None: one device."""
+    spread = Spread.of(config, execution, mesh)
 
     def evaluate(params: Params, bias: RouterBias, rows: Array) -> Losses:
-        return compute_losses(params, bias, rows, config.model, execution)
+        params = spread.at_use(spread.before_loop(params))
+        return spread.sum_losses(compute_losses(params, bias, rows, config.model, spread.execution))
 
-    return evaluate
+    return spread.over_rows(evaluate, micro_batches=False)

@@ -1,18 +1,23 @@
 """The pieces of a run, put together from a configuration and a workdir: data, model, optimizer, steps, checkpoints."""
 
 import dataclasses
+import functools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import Execution
-from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dsv3_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.training.checkpoint import Checkpointer, abstract_like
 from dsv3_jax.training.corpus import open_corpus
 from dsv3_jax.training.data import TrainLoader, validation_rows
@@ -60,6 +65,10 @@ class Trainer:
             check_initial(config)
         with new_workdir(workdir, config):
             self._open_text()
+        self.optimizer = make_optimizer(config.optimizer)
+        self.micro_batches = config.train.batch_size // config.train.micro_batch_size
+        self.create = functools.partial(create_state, self.config, self.optimizer, self.mesh)
+        self.shardings = state_shardings(jax.eval_shape(self.create), self.mesh)
         self._build_steps()
         self._restore_or_create()
         self.compile_seconds = 0.0
@@ -75,25 +84,21 @@ class Trainer:
 
     def _build_steps(self) -> None:
         config, shared = self.config, replicated(self.mesh)
-        self.optimizer = make_optimizer(config.optimizer)
-        self.rows_sharding = batch_sharding(self.mesh)
-        self.micro_batches = config.train.batch_size // config.train.micro_batch_size
-        step = make_train_step(config, self.execution, self.optimizer)
-        self.train_step: Any = jax.jit(step, donate_argnums=0, out_shardings=shared)
-        self.eval_step = jax.jit(make_eval_step(config, self.execution), out_shardings=shared)
+        step = make_train_step(config, self.execution, self.optimizer, self.mesh)
+        self.train_step: Any = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, shared))
+        self.eval_step = jax.jit(make_eval_step(config, self.execution, self.mesh), out_shardings=shared)
 
     def _restore_or_create(self) -> None:
         config = self.config
-        create = lambda: create_state(config, self.optimizer)  # noqa: E731
-        abstract = abstract_like(jax.eval_shape(create), replicated(self.mesh))
+        abstract = abstract_like(jax.eval_shape(self.create), self.shardings)
         self.checkpointer = Checkpointer(self.workdir / CHECKPOINT_DIR, config.checkpoint.keep)
         has_ema = config.train.ema_decay > 0
         restored = self.checkpointer.restore(abstract, abstract_like(abstract.params, host_sharding()) if has_ema else None)
         self.progress = Progress()
         if restored is None:
-            self.state: TrainState = jax.jit(create, out_shardings=replicated(self.mesh))()
+            self.state: TrainState = jax.jit(self.create, out_shardings=self.shardings)()
             if config.init_from:
-                params, bias = load_initial(config, replicated(self.mesh))
+                params, bias = load_initial(config, self.mesh)
                 self.state = self.state._replace(params=params, router_bias=bias)
         else:
             self.state, self.progress = restored.state, Progress(**restored.run["progress"])
@@ -108,11 +113,9 @@ class Trainer:
         started = time.perf_counter()
         train = self.config.train
         row_shape = (train.micro_batch_size, train.sequence_length + 1)
-        rows = jax.ShapeDtypeStruct((self.micro_batches, *row_shape), np.int32, sharding=self.rows_sharding)
-        shared = replicated(self.mesh)
-        scalars = (np.zeros((), np.int32), Rates(*jnp.zeros(3)))
-        abstract = abstract_like((self.state, *scalars), shared)
-        self.train_step = self.train_step.lower(abstract[0], rows, *abstract[1:]).compile()
+        rows = jax.ShapeDtypeStruct((self.micro_batches, *row_shape), np.int32, sharding=batch_sharding(self.mesh))
+        scalars = abstract_like((np.zeros((), np.int32), Rates(*jnp.zeros(3))), replicated(self.mesh))
+        self.train_step = self.train_step.lower(abstract_like(self.state, self.shardings), rows, *scalars).compile()
         self.compile_seconds = time.perf_counter() - started
 
     def next_rows(self, sequences: int) -> jax.Array:
@@ -121,16 +124,21 @@ class Trainer:
         rows = np.zeros((self.micro_batches, micro, self.config.train.sequence_length + 1), np.int32)
         used = sequences // micro
         rows[:used] = self.loader.next_batch(sequences).reshape(used, micro, -1)
-        return jax.device_put(rows, self.rows_sharding)
+        return jax.device_put(rows, batch_sharding(self.mesh))
 
     def advance(self) -> Reported:
         """Dispatches one step."""
         plan = plan_step(self.progress.tokens, self.config)
         micro = plan.batch_size // self.config.train.micro_batch_size
         numbers = (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)
-        shared = replicated(self.mesh)
-        micro, *rates = jax.device_put((np.int32(micro), *map(np.float32, numbers)), shared)
-        self.state, metrics = self.train_step(self.state, self.next_rows(plan.batch_size), micro, Rates(*rates))
+        micro, *rates = jax.device_put((np.int32(micro), *map(np.float32, numbers)), replicated(self.mesh))
+        rows = self.next_rows(plan.batch_size)
+
+        def step() -> StepMetrics:
+            self.state, metrics = self.train_step(self.state, rows, micro, Rates(*rates))
+            return metrics
+
+        metrics = self._until_it_fits(step)
         self.progress.step, self.progress.tokens = self.progress.step + 1, plan.tokens
         if self.ema:
             self.ema.submit(self.state.params)
@@ -139,10 +147,25 @@ class Trainer:
     def evaluate(self, use_ema: bool = False) -> Evaluation:
         """The model as it stands, or its moving average, on the validation rows."""
         average = self.ema.average if use_ema and self.ema else None
-        params = self.state.params if average is None else jax.device_put(average, replicated(self.mesh))
-        place = lambda rows: jax.device_put(rows, replicated(self.mesh))  # noqa: E731
+        params = self.state.params if average is None else jax.device_put(average, self.shardings.params)
+        place = lambda rows: jax.device_put(rows, NamedSharding(self.mesh, P(BATCH_AXES)))  # noqa: E731
         batch, lengths = self.config.train.micro_batch_size, self.vocabulary.byte_lengths
-        return evaluate(self.eval_step, params, self.state.router_bias, self.eval_rows, batch, lengths, self.execution.document_eos, place)
+        step = lambda *arguments: self._until_it_fits(lambda: self.eval_step(*arguments))  # noqa: E731
+        return evaluate(
+            step, params, self.state.router_bias, self.eval_rows, batch, lengths, self.execution.document_eos, place,
+            self.config.parallel.mesh.batch_devices,
+        )  # fmt: skip
+
+    def _until_it_fits(self, step: Callable[[], Any]) -> Any:
+        """The result of a step whose tokens all fitted into the dispatch buffers; those grow, and it is made again, until they do."""
+        while True:
+            result, parallel = step(), self.config.parallel
+            if parallel.dispatch_bound is None or result.fullness <= 1:
+                return result
+            bound = 2 * parallel.dispatch_bound
+            _log.warning("a dispatch buffer was %.2f times too small: made again with parallel.dispatch_bound = %g", result.fullness, bound)
+            self.config = dataclasses.replace(self.config, parallel=dataclasses.replace(parallel, dispatch_bound=bound))
+            self._build_steps()
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""

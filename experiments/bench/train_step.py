@@ -13,13 +13,13 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
+from experiments.bench.timing import matmul_rate
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps; the median counts.", lower_bound=1)
@@ -106,28 +106,6 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(),
         "planned_bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes if plan else 0,
     }
-
-
-def matmul_rate(dtype: str) -> float:
-    """FLOP/s of a large square product on random data: the hardware limit that utilisation is held against."""
-    import jax
-
-    n = 1536 if jax.default_backend() == "cpu" else 8192
-    a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
-    return 2 * n**3 / median_seconds(jax.jit(lambda x, y: x @ y), a, b)
-
-
-def median_seconds(f: Callable[..., Any], *arguments: Any, repeats: int = 20) -> float:
-    """Median time of a call, in batches of five so that dispatch does not count; the first batches warm up."""
-    import jax
-    import numpy as np
-
-    seconds = []
-    for _ in range(repeats // 5 + 2):
-        started = time.perf_counter()
-        jax.block_until_ready([f(*arguments) for _ in range(5)])
-        seconds.append((time.perf_counter() - started) / 5)
-    return float(np.median(seconds[2:]))
 
 
 def peer_rows(result: dict[str, Any], config: Any) -> list[tuple[str, str]]:

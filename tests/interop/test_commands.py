@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -39,28 +38,15 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|reply|>{% endif %}"
 )
 
-pytestmark = pytest.mark.slow
 HELLO = [{"role": "user", "content": "hello"}]
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """Runs a command that must end well; programs are compiled without optimising, and once for all launches."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "",
-    }
-
-    def launch(name, *arguments):
-        line = [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        return done
-
-    return launch
+def command(name, *arguments):
+    """Runs a command that must end well."""
+    done = run(name, *map(str, arguments))
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def write_random(folder, config: ModelConfig):
@@ -85,7 +71,8 @@ def tokens(tmp_path_factory):
     return path
 
 
-def test_converted_and_public_checkpoint_give_the_same_logits(command, tmp_path):
+@pytest.mark.slow
+def test_converted_and_public_checkpoint_give_the_same_logits(tmp_path):
     arrays = golden("mtp")
     public_folder(tmp_path / "public", "mtp")
     np.save(tmp_path / "tokens.npy", arrays["input_ids"])
@@ -99,7 +86,8 @@ def test_converted_and_public_checkpoint_give_the_same_logits(command, tmp_path)
     assert ours.dtype == np.float32 and np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-def test_training_goes_on_from_a_checkpoint_and_exports_what_it_has(command, public, tokens, tmp_path):
+@pytest.mark.slow
+def test_training_goes_on_from_a_checkpoint_and_exports_what_it_has(public, tokens, tmp_path):
     store, workdir, back = tmp_path / "store", tmp_path / "run", tmp_path / "back"
     convert(open_public(public), public, store, "source")
     # Updates of 1e-30 round away: the exported weights are those that training started from.
@@ -129,7 +117,8 @@ def test_training_goes_on_from_a_checkpoint_and_exports_what_it_has(command, pub
     np.testing.assert_array_equal(np.load(tmp_path / "hf.npy"), np.load(tmp_path / "workdir.npy"))
 
 
-def test_generation_with_a_prompt_a_chat_and_an_end(command, public, tmp_path):
+@pytest.mark.slow
+def test_generation_with_a_prompt_a_chat_and_an_end(public, tmp_path):
     folder = tmp_path / "public"
     shutil.copytree(public, folder)
     rendered = "<|eos|><|user|>hello<|reply|>"
@@ -145,13 +134,14 @@ def test_generation_with_a_prompt_a_chat_and_an_end(command, public, tmp_path):
     assert (rendered + chat.stdout).startswith(ended.stdout)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on(tmp_path):
     config = model(num_hidden_layers=4, n_routed_experts=64, num_nextn_predict_layers=0, hidden_size=8, moe_intermediate_size=4)
     folder, target = write_random(tmp_path / "public", config), tmp_path / "store"
     arguments = (f"--from_hf={folder}", f"--to={target}")
     journal = tmp_path / "store.partial" / "done.txt"
     line = [sys.executable, "-m", "experiments.convert", *arguments]
-    process = subprocess.Popen(line, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 100
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 100) and process.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
@@ -176,6 +166,7 @@ def test_a_killed_conversion_goes_on(tmp_path):
 # --- what is refused ---
 
 
+@pytest.mark.slow
 def test_commands_refuse_in_one_line_and_write_nothing(tmp_path):
     hf, pickles, there, new = (tmp_path / name for name in ("public", "pickles", "there", "new"))
     public_folder(hf, "compressed_grouped")

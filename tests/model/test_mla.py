@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,41 +14,43 @@ from tests.small import MODEL, model
 YARN = RopeScaling("yarn", 40.0, 16, 32.0, 1.0, 1.0, 1.0)
 
 
-def layer(config, seed=0):
+@functools.cache
+def layer(config):
+    """The layer as a compiled function, its parameters, an input and its positions."""
     mla = MLA(config, "reference")
-    x = jax.random.normal(jax.random.key(seed), (2, 9, config.hidden_size))
+    x = jax.random.normal(jax.random.key(0), (2, 9, config.hidden_size))
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    params = mla.init(jax.random.key(seed + 1), x, positions, None)
-    return mla, params, x, positions
+    params = jax.jit(mla.init)(jax.random.key(1), x, positions, None)
+    return jax.jit(mla.apply, static_argnames="method"), params, x, positions
 
 
 @pytest.mark.parametrize("config", [MODEL, model(q_lora_rank=None), model(rope_scaling=YARN), model(rope_interleave=False)])
 @pytest.mark.parametrize("chunks", [(1,) * 9, (4, 5)])
 def test_absorbed_decode_equals_expanded_training_form(config, chunks):
-    mla, params, x, positions = layer(config)
-    expected = mla.apply(params, x, positions, None)
+    apply, params, x, positions = layer(config)
+    expected = apply(params, x, positions, None)
     cache = Latent(jnp.full((2, 12, config.kv_lora_rank), jnp.nan), jnp.full((2, 12, config.qk_rope_head_dim), jnp.nan))
     cache = jax.tree.map(lambda a: jnp.nan_to_num(a, nan=1e3), cache)  # whatever unused slots hold must not matter
     outputs, start = [], 0
     for size in chunks:
         at = positions[:, start : start + size]
         mask = jnp.arange(12) <= at[:, :, None]
-        out, cache = mla.apply(params, x[:, start : start + size], at, cache, mask, method=MLA.decode)
+        out, cache = apply(params, x[:, start : start + size], at, cache, mask, method=MLA.decode)
         outputs.append(out)
         start += size
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_output_depends_on_relative_positions_only():
-    mla, params, x, positions = layer(MODEL)
-    np.testing.assert_allclose(mla.apply(params, x, positions, None), mla.apply(params, x, positions + 7, None), rtol=1e-4, atol=1e-5)
+    apply, params, x, positions = layer(MODEL)
+    np.testing.assert_allclose(apply(params, x, positions, None), apply(params, x, positions + 7, None), rtol=1e-4, atol=1e-5)
 
 
 def test_segments_are_attended_apart():
-    mla, params, x, positions = layer(MODEL)
-    both = mla.apply(params, x, positions, jnp.broadcast_to(jnp.arange(9) // 5, (2, 9)))
-    np.testing.assert_allclose(both[:, 5:], mla.apply(params, x[:, 5:], positions[:, 5:], None), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(both[:, :5], mla.apply(params, x[:, :5], positions[:, :5], None), rtol=1e-4, atol=1e-5)
+    apply, params, x, positions = layer(MODEL)
+    both = apply(params, x, positions, jnp.broadcast_to(jnp.arange(9) // 5, (2, 9)))
+    np.testing.assert_allclose(both[:, 5:], apply(params, x[:, 5:], positions[:, 5:], None), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both[:, :5], apply(params, x[:, :5], positions[:, :5], None), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("interleave", [True, False])

@@ -37,7 +37,7 @@ def test_matches_one_expert_at_a_time(n, k, e, skew, rows):
     x, routing, gate_up, down = random_layer(n, k, e, np.random.default_rng(0), skew)
 
     def ours(x, gates, gate_up, down):
-        return expert_ffn(x, routing._replace(gates=gates), gate_up, down, rows)
+        return expert_ffn(x, routing._replace(gates=gates), gate_up, down, rows)[0]
 
     def reference(x, gates, gate_up, down):
         return one_expert_at_a_time(x, routing._replace(gates=gates), gate_up, down)

@@ -27,7 +27,7 @@ def test_choice_is_the_node_limited_top_k(experts, n_group, topk_group, k, offse
     # With all scores negative, masking with 0 in place of -inf would choose from the excluded groups.
     config = model(n_routed_experts=experts, n_group=n_group, topk_group=topk_group, num_experts_per_tok=k)
     scores = np.random.default_rng(0).normal(offset, 1.0, (64, experts)).astype(np.float32)
-    chosen = np.asarray(choose_experts(jnp.asarray(scores), config))
+    chosen = np.asarray(jax.jit(choose_experts, static_argnums=1)(scores, config))
     np.testing.assert_array_equal(np.sort(chosen, -1), np.sort(reference_choice(scores, n_group, topk_group, k), -1))
 
 
@@ -39,7 +39,7 @@ def test_gates_come_from_unbiased_affinities(scoring, normalised):
     x, kernel = rng.normal(size=(32, 24)).astype(np.float32), rng.normal(size=(24, 8)).astype(np.float32)
     # So large a bias that (affinity + bias) - bias would lose the affinity altogether.
     bias = rng.choice([-1e6, 0.0, 1e6], 8).astype(np.float32)
-    routing = route(jnp.asarray(x), jnp.asarray(kernel), jnp.asarray(bias), config)
+    routing = jax.jit(route, static_argnums=3)(x, kernel, bias, config)
     logits = x.astype(np.float64) @ kernel
     scores = 1 / (1 + np.exp(-logits)) if scoring == "sigmoid" else np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     gates = np.take_along_axis(scores, np.asarray(routing.experts), -1)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, from_config_dict
+from dsv3_jax.model import moe
 from dsv3_jax.model.init import init_router_bias, parameter_shapes
 from dsv3_jax.model.loss import compute_losses, objective, target_counts
+from dsv3_jax.model.moe import block_rows
 from dsv3_jax.model.transformer import Block, Execution, rematerialised, token_context
 from dsv3_jax.training import accounting
 from tests import small
@@ -132,7 +134,8 @@ def kept_by_autodiff(config: Config, is_moe: bool) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_moe", [False, True])
 @pytest.mark.parametrize(("remat", "tolerance"), [("none", 0.1), ("selective", 0.0), ("full", 0.0)])
-def test_activations_of_a_layer_against_autodiff(dtype: str, is_moe: bool, remat: str, tolerance: float):
+def test_activations_of_a_layer_against_autodiff(dtype: str, is_moe: bool, remat: str, tolerance: float, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(moe, "block_rows", lambda pairs, experts, backend: block_rows(pairs, experts, "gpu"))  # what is counted is a GPU's
     train = {"compute_dtype": dtype, "remat": remat, "micro_batch_size": 2, "sequence_length": 128}
     config = change(load("tiny"), train=train, precision={"impl": "reference"})
     predicted = sum(accounting.layer_activations(config, is_moe, remat).values())
@@ -163,8 +166,8 @@ def test_memory_of_each_kind():
     counts = accounting.count_parameters(config.model)
     parameters, head = counts.total + counts.mtp, 2048 * 32768
     items = {item.kind: item for item in accounting.device_memory(config)}
-    assert items["master"].per_device == 4 * parameters
-    assert items["moments"].per_device == 4 * parameters  # two, of two bytes each
+    assert items["master"].per_device == items["moments"].per_device == parameters  # four bytes each, over four devices
+    assert items["gathered"].per_device == 4 * parameters
     assert items["gradients"].per_device == 8 * parameters + 4 * head
     inputs = (12 + 2) * 8 * 4096 * 2048 * 2  # of 12 layers, and hidden state and embedding of the MTP module
     assert items["activations"].whole == inputs + 2 * 8 * 4096 * 2048 * 2

@@ -1,7 +1,6 @@
 """A run that is killed, stopped or damaged ends with the metrics of one that was left alone."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,20 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Starts experiments.pretrain on the micro configuration; compiled programs are shared between the runs of this file."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": "",
-    }
-
-    def start(workdir, *overrides):
-        command = [sys.executable, "-m", "experiments.pretrain", "--config=tests/micro_config.py", f"--workdir={workdir}", *overrides]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    return start
+def launch(workdir, *overrides):
+    """Starts experiments.pretrain on the micro configuration."""
+    command = [sys.executable, "-m", "experiments.pretrain", "--config=tests/micro_config.py", f"--workdir={workdir}", *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process, status=0):
@@ -38,7 +27,7 @@ def finish(process, status=0):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(launch, tmp_path_factory):
+def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     output = finish(launch(workdir))
     assert "validation loss" in output
@@ -75,17 +64,17 @@ def run_until(process, workdir, count):
 
 def test_undisturbed_run_leaves_what_it_promises(undisturbed):
     rows = trajectory(undisturbed)
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, 25))
     assert {"loss", "mtp_loss", "max_vio", "learning_rate", "grad_norm", "tokens", "balance_loss"} <= rows[0].keys()
-    assert [row["step"] for row in rows if "val_loss" in row] == [15, 30, 40]
+    assert [row["step"] for row in rows if "val_loss" in row] == [9, 18, 24]
     assert (rows[0]["batch_size"], rows[-1]["batch_size"]) == (2, 4)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    for name in ("config.json", "tokenizer.json", "report.html", "checkpoints/40", "samples.json"):
+    for name in ("config.json", "tokenizer.json", "report.html", "checkpoints/24", "samples.json"):
         assert (undisturbed / name).exists(), name
     assert list((undisturbed / "tensorboard").iterdir())
 
 
-def test_killed_at_any_moment(launch, undisturbed, tmp_path):
+def test_killed_at_any_moment(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     moments = random.Random(0)
     process = launch(workdir)
@@ -93,7 +82,7 @@ def test_killed_at_any_moment(launch, undisturbed, tmp_path):
         time.sleep(0.002)
     process.kill()
     process.wait()
-    for count in (1, 16, 31):
+    for count in (1, 10, 19):
         process = launch(workdir)
         run_until(process, workdir, count)
         time.sleep(moments.uniform(0, 0.03))
@@ -105,16 +94,16 @@ def test_killed_at_any_moment(launch, undisturbed, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
-def test_sigterm_saves_and_ends_well(launch, undisturbed, tmp_path):
+def test_sigterm_saves_and_ends_well(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = launch(workdir)
-    run_until(process, workdir, 20)
+    run_until(process, workdir, 10)
     process.send_signal(signal.SIGTERM)
     output = finish(process)
     assert "saved" in output
     assert "continues" in output
     stopped_at = lines(workdir)
-    assert 20 <= stopped_at < 40
+    assert 10 <= stopped_at < 24
     assert (workdir / "checkpoints" / str(stopped_at)).exists()
     finish(launch(workdir))
     assert_same_run(workdir, undisturbed)
@@ -125,11 +114,11 @@ def largest_file(folder):
 
 
 @pytest.mark.parametrize("damage", ["flip", "unsealed"])
-def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(launch, undisturbed, tmp_path, damage):
+def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(undisturbed, tmp_path, damage):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     (workdir / "summary.json").unlink()
-    file = largest_file(workdir / "checkpoints" / "40")
+    file = largest_file(workdir / "checkpoints" / "24")
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -137,25 +126,25 @@ def test_damaged_newest_checkpoint_is_reported_and_the_one_before_used(launch, u
         del content[len(content) // 3 :]
     file.write_bytes(content)
     if damage == "unsealed":  # killed before its digests were noted: the reader itself must find out
-        (workdir / "checkpoints" / "digests" / "40.json").unlink()
+        (workdir / "checkpoints" / "digests" / "24.json").unlink()
     output = finish(launch(workdir))
-    assert "checkpoints/40 is damaged" in output
-    assert "continuing after step 36" in output
+    assert "checkpoints/24 is damaged" in output
+    assert "continuing after step 18" in output
     assert_same_run(workdir, undisturbed)
 
 
-def test_a_finished_run_says_so_and_goes_on_when_asked(launch, undisturbed, tmp_path):
+def test_a_finished_run_says_so_and_goes_on_when_asked(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert "is done: 40 steps" in finish(launch(workdir))
+    assert "is done: 24 steps" in finish(launch(workdir))
     assert (workdir / "metrics.jsonl").read_bytes() == before
-    finish(launch(workdir, "--config.train.steps=44"))
-    assert trajectory(workdir)[:40] == trajectory(undisturbed)
-    assert lines(workdir) == 44
+    finish(launch(workdir, "--config.train.steps=27"))
+    assert trajectory(workdir)[:24] == trajectory(undisturbed)
+    assert lines(workdir) == 27
 
 
-def test_another_model_is_refused_before_anything_is_written(launch, undisturbed):
+def test_another_model_is_refused_before_anything_is_written(undisturbed):
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
     output = finish(launch(undisturbed, "--config.model.hidden_size=32"), status=2)
     assert "config.model.hidden_size = 32" in output
@@ -163,7 +152,7 @@ def test_another_model_is_refused_before_anything_is_written(launch, undisturbed
     assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")} == before
 
 
-def test_too_many_steps_that_are_not_finite_stop_the_run(launch, tmp_path):
+def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
     workdir = tmp_path / "run"
     output = finish(launch(workdir, "--config.optimizer.peak_lr=1e38", "--config.train.max_skipped_steps=3"), status=1)
     assert "3 steps in a row" in output

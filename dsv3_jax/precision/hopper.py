@@ -1,0 +1,142 @@
+"""The products of `precision.linear` by the kernels for Hopper GPUs: the same recipe, one kernel for each step of it.
+
+A tensor is quantized once in every orientation that a product will read. Between the two products of an FFN nothing
+is written in bfloat16 but the hidden activation and its gradient: SwiGLU, its gradient and their quantization are one
+kernel each. Weights are quantized again in the backward pass instead of being kept.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from dsv3_jax.precision.formats import E4M3
+from dsv3_jax.precision.policy import Recipe, Role
+from dsv3_jax.precision.quantize import BLOCK, quantize
+from pallas_kernels.gemm import gemm, wgrad
+from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
+from pallas_kernels.quantize import quantize_blocks, quantize_both, quantize_rows, retile, swiglu_backward, swiglu_quantize
+
+_IMPL = "pallas"  # whoever calls this module has chosen
+
+
+class Kept(NamedTuple):
+    """What the backward pass keeps of an activation: 1x128 tiles, scales with rows last."""
+
+    values: Float[Array, "m k"]
+    scales: Float32[Array, "kb mp"]
+
+
+class Owners(NamedTuple):
+    """Which expert owns each tile of 128 rows, and at which tile each begins; runs are multiples of `together` tiles."""
+
+    expert_of_tile: Int32[Array, " tiles"]
+    first_tile: Int32[Array, " e_plus_1"]
+    together: int
+
+
+def unsupported(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: int | None, rows: int | None) -> str | None:
+    """Why the kernels cannot run a product of x, or None. `widths`: of its operands; `rows`: of a block of one expert."""
+    if x.dtype != jnp.bfloat16:
+        return f"activations are {x.dtype}, the kernels take bfloat16 (train.compute_dtype)"
+    if recipe.fp8 and (recipe.input_tile, recipe.gradient_tile, recipe.weight_tile) != ((1, BLOCK), (1, BLOCK), (BLOCK, BLOCK)):
+        return "the kernels know only tiles of 1x128 and 128x128 (precision.*_tile)"
+    if any(width % 64 for width in widths) or (ffn_width or 0) % BLOCK:
+        return f"widths {widths} have to be multiples of 64, and that of an FFN one of {BLOCK}"
+    if rows is not None and rows % TILE:
+        return f"blocks of {rows} rows have to be multiples of {TILE}"
+    return None
+
+
+def owners(block_expert: Int[Array, " blocks"], rows: int, n_experts: int) -> Owners:
+    """From the expert of each block of rows; `n_experts` marks blocks that nobody owns."""
+    together = rows // TILE
+    tiles = jnp.repeat(block_expert.astype(jnp.int32), together)
+    return Owners(tiles, first_tiles(tiles, n_experts), together)
+
+
+def fprop(x: Float[Array, "m k"], kernel: Array, owned: Owners | None, role: Role) -> tuple[Float[Array, "m n"], Kept]:
+    """The product, and what the backward pass keeps of x."""
+    inputs = Kept(*quantize_rows(x, role.input_power_of_two, _IMPL))
+    y = _times_kernel(inputs, kernel, owned)
+    return y, inputs if role.stored is E4M3 else _kept(x, role)
+
+
+def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:
+    """Dgrad and Wgrad."""
+    values, scales, *columns = quantize_both(dy, role.gradient_power_of_two, _IMPL)
+    dx = _times_kernel_transposed(Kept(values, scales), kernel, owned)
+    return dx, _wgrad(retile(*kept, role.wgrad_power_of_two, _IMPL), columns, owned)
+
+
+def ffn(
+    x: Float[Array, "m d"], up: Array, gates: Float32[Array, " m"] | None, down: Array, owned: Owners | None, roles: tuple[Role, Role]
+) -> tuple[Float[Array, "m n"], Kept, Kept]:
+    """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU."""
+    inputs = Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL))
+    hidden = _times_kernel(inputs, up, owned)
+    *activated, values, scales = swiglu_quantize(hidden, gates, roles[1].input_power_of_two, _IMPL)
+    return _times_kernel(Kept(*activated), down, owned), inputs, Kept(values, scales)
+
+
+def ffn_gradients(
+    kept: tuple[Kept, Kept],
+    up: Array,
+    gates: Float32[Array, " m"] | None,
+    down: Array,
+    owned: Owners | None,
+    dy: Float[Array, "m n"],
+    roles: tuple[Role, Role],
+) -> tuple[Array, Array, Array | None, Array]:
+    """Gradients of x, up, gates and down."""
+    inputs, hidden = kept
+    values, scales, *columns = quantize_both(dy, roles[1].gradient_power_of_two, _IMPL)
+    d_activated = _times_kernel_transposed(Kept(values, scales), down, owned)
+    powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two
+    values, scales, *d_hidden, activated, of_activated, d_gates = swiglu_backward(*hidden, gates, d_activated, *powers, _IMPL)
+    dx = _times_kernel_transposed(Kept(values, scales), up, owned)
+    d_up = _wgrad(retile(*inputs, roles[0].wgrad_power_of_two, _IMPL), d_hidden, owned)
+    return dx, d_up, d_gates, _wgrad((activated, of_activated), columns, owned)
+
+
+def grouped_bf16(x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners) -> Float[Array, "m n"]:
+    """The product of the BF16 policy. The kernel wants weights with the contraction last: the cast turns them."""
+    return grouped_gemm_bf16(x, kernel.astype(x.dtype).mT, owned.expert_of_tile, owned.together, _IMPL)
+
+
+def grouped_gradients_bf16(
+    x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners, dy: Float[Array, "m n"]
+) -> tuple[Array, Array]:
+    """Dgrad and Wgrad of the BF16 policy."""
+    dx = grouped_gemm_bf16(dy, kernel.astype(dy.dtype), owned.expert_of_tile, owned.together, _IMPL)
+    return dx, grouped_wgrad_bf16(x, dy, owned.first_tile, _IMPL)
+
+
+def _kept(x: Array, role: Role) -> Kept:
+    """An input that is kept in another format than it is multiplied in, for which there is no kernel."""
+    q = quantize(x, (1, BLOCK), role.stored, role.wgrad_power_of_two)
+    return Kept(q.values, jnp.pad(q.scales.T, ((0, 0), (0, -x.shape[0] % BLOCK)), constant_values=1))
+
+
+def _times_kernel(x: Kept, kernel: Array, owned: Owners | None) -> Array:
+    _, transposed, _, scales = quantize_blocks(kernel, _IMPL)
+    return _product(x, transposed, scales, owned)
+
+
+def _times_kernel_transposed(x: Kept, kernel: Array, owned: Owners | None) -> Array:
+    values, _, scales, _ = quantize_blocks(kernel, _IMPL)
+    return _product(x, values, scales, owned)
+
+
+def _product(x: Kept, b: Array, b_scales: Array, owned: Owners | None) -> Array:
+    if owned is None:
+        return gemm(*x, b, b_scales, _IMPL)
+    return grouped_gemm(*x, b, b_scales, owned.expert_of_tile, owned.together, _IMPL)
+
+
+def _wgrad(x: Sequence[Array], dy: Sequence[Array], owned: Owners | None) -> Array:
+    """From values and scales of 128x1 tiles, turned."""
+    if owned is None:
+        return wgrad(x[0], x[1], dy[0], dy[1], impl=_IMPL)
+    return grouped_wgrad(x[0], x[1], dy[0], dy[1], owned.first_tile, impl=_IMPL)

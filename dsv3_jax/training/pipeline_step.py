@@ -1,0 +1,153 @@
+"""The model on a pipeline: which rank runs which layers, and the gradients of a batch from a schedule (V3 sec. 3.2).
+
+`split_layers` gives every stage its layers. Dense and MoE layers are separate stacks, so a stage has a part of each,
+padded to the longest of any stage: all ranks run the same program. Embedding, final norm, output head and MTP modules
+are the same on every rank, and the first and the last stage use them: in DualPipe these two share a rank. A rank thus
+holds, for each direction, its layers, and one copy of the rest.
+
+The parameters of a stage are a linear function of the model's, `_stage_params`. Its transpose takes the gradients back:
+it adds up the two copies of a stage that DualPipe keeps, and drops padding.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import rms_norm
+from dsv3_jax.model.loss import Losses, head_losses, objective
+from dsv3_jax.model.transformer import Execution, LayerReports, Params, RouterBias, TrunkOutput, embed, scan_blocks, token_context
+from dsv3_jax.parallel.pipeline import AXIS, StageOutput, StageParams, run_pipeline
+from dsv3_jax.parallel.schedules import Schedule, Seat, split_layers
+
+STACKS = ("dense", "moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Layers of each stage, as numbers within the stack of their kind. Where a stage has fewer than others, 0 fills up."""
+
+    layers: dict[str, Int[np.ndarray, "stages most"]]
+    count: dict[str, Int[np.ndarray, " stages"]]
+
+    @classmethod
+    def of(cls, config: ModelConfig, n_stages: int) -> "Cut":
+        """Raises ConfigError when there are fewer layers than stages."""
+        first_moe = config.num_dense_layers
+        split = split_layers(config.num_hidden_layers, n_stages)
+        parts = {
+            "dense": [[layer for layer in stage if layer < first_moe] for stage in split],
+            "moe": [[layer - first_moe for layer in stage if layer >= first_moe] for stage in split],
+        }
+        most = {kind: max(map(len, stages)) for kind, stages in parts.items()}
+        layers = {kind: np.array([s + [0] * (most[kind] - len(s)) for s in stages], np.int32) for kind, stages in parts.items()}
+        return cls(layers, {kind: np.array(list(map(len, stages)), np.int32) for kind, stages in parts.items()})
+
+
+class MicroBatch(NamedTuple):
+    """What the stages need to know of a micro-batch; stacked over M."""
+
+    rows: Int[Array, "b row"]
+    used: Float[Array, ""]  # 0: a seat in the schedule that a batch still growing does not fill
+    counts: Float[Array, " heads"]  # targets of the whole batch, see `objective`
+    mtp_weight: Float[Array, ""]
+    balance_weight: Float[Array, ""]
+
+
+def pipelined_gradients(
+    params: Params, bias: RouterBias, batch: MicroBatch, schedule: Schedule, config: ModelConfig, execution: Execution
+) -> tuple[Params, Losses]:
+    """Gradients of the summed objectives of M micro-batches, and their summed losses; the same on all ranks.
+
+    To be called inside `shard_map` over `pipe`, with parameters, bias and batch the same along it.
+    """
+    cut = Cut.of(config, schedule.n_stages)
+    here = [_stage_of(schedule, direction) for direction in schedule.directions]
+    stage_params, to_params = jax.vjp(lambda p: _stage_params(p, bias, cut, here), params)
+    b, row = batch.rows.shape[1:]
+    activation = jax.ShapeDtypeStruct((b, row - 1, config.hidden_size), jnp.dtype(execution.dtype))
+    stage = _make_stage(cut, schedule.n_stages, config, execution)
+    out = run_pipeline(schedule, stage, stage_params, batch, activation)
+    (gradients,) = to_params(out.gradients)
+    parts = [_whole_model(losses, cut, at, bias) for losses, at in zip(out.metrics, here, strict=True)]
+    losses = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    return jax.lax.psum((gradients, losses), AXIS)
+
+
+def _stage_of(schedule: Schedule, direction: int) -> Int[Array, ""]:
+    """The stage that this rank runs for a direction."""
+    stages = [schedule.stage(Seat(rank, direction)) for rank in range(schedule.n_ranks)]
+    return jnp.array(stages)[jax.lax.axis_index(AXIS)]
+
+
+def _stage_params(params: Params, bias: RouterBias, cut: Cut, here: list[Array]) -> StageParams:
+    """This rank's part of the parameters; the router bias, which is state, goes with them and its gradient is zero."""
+
+    def own(stage: Array) -> Params:
+        layers = {kind: jnp.array(cut.layers[kind])[stage] for kind in STACKS}
+        stacks = {kind: jax.tree.map(lambda leaf, kind=kind: leaf[layers[kind]], params[kind]) for kind in STACKS if kind in params}
+        return stacks | {"bias": bias.moe[layers["moe"]]}
+
+    shared = {name: part for name, part in params.items() if name not in STACKS}
+    return StageParams(tuple(map(own, here)), shared | {"bias": bias.mtp})
+
+
+def _make_stage(
+    cut: Cut, n_stages: int, config: ModelConfig, execution: Execution
+) -> Callable[[Params, Params, Array, MicroBatch, Array], StageOutput]:
+    """The pure function of a stage: its layers, after the embedding on the first and before the heads on the last."""
+
+    def run_stack(kind: str, own: Params, bias: Array, x: Array, tokens: Array, stage: Array) -> tuple[Array, LayerReports]:
+        counts = cut.count[kind]
+        count = None if counts.min() == counts.max() else jnp.array(counts)[stage]
+        return scan_blocks(own[kind], bias, x, token_context(tokens, execution), config, execution, kind == "moe", count)
+
+    def stage(own: Params, shared: Params, x: Array, micro: MicroBatch, index: Array) -> StageOutput:
+        tokens, e = micro.rows[:, :-1], config.n_routed_experts
+        x = jax.lax.cond(index == 0, lambda: embed(shared, tokens, execution.dtype), lambda: x)
+        if "dense" in own:
+            no_bias = jnp.zeros((cut.layers["dense"].shape[1], e))
+            x, _ = run_stack("dense", own, no_bias, x, tokens, index)
+        load, balance_loss, fullness = jnp.zeros((0, e)), jnp.zeros(()), jnp.zeros(())
+        if "moe" in own:
+            x, out = run_stack("moe", own, own["bias"], x, tokens, index)
+            load, balance_loss, fullness = out.load, out.balance_loss.sum(), out.fullness.max()
+        losses = _losses(shared, TrunkOutput(x, load, balance_loss, fullness), micro.rows, index == n_stages - 1, config, execution)
+        losses = jax.tree.map(lambda value: micro.used * value, losses)
+        return StageOutput(x, objective(losses, micro.counts, micro.mtp_weight, micro.balance_weight), losses)
+
+    return stage
+
+
+def _losses(shared: Params, out: TrunkOutput, rows: Array, is_last: Array, config: ModelConfig, execution: Execution) -> Losses:
+    """Everything that `compute_losses` reports, of one stage: heads and MTP modules are zero unless it is the last."""
+    bias = RouterBias(jnp.zeros(out.load.shape), shared["bias"])
+
+    def with_heads() -> Losses:
+        normed = out._replace(hidden=rms_norm(out.hidden, shared["norm"], config.rms_norm_eps))
+        return head_losses(shared, bias, normed, rows, config, execution)
+
+    def without() -> Losses:
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(with_heads))
+        return nothing._replace(balance_loss=out.balance_loss, load=RouterBias(out.load, nothing.load.mtp), fullness=out.fullness)
+
+    return jax.lax.cond(is_last, with_heads, without)
+
+
+def _whole_model(losses: Losses, cut: Cut, stage: Array, bias: RouterBias) -> Losses:
+    """Losses of a stage with the loads of its layers where the model has them; padding has no load."""
+    load = jnp.zeros(bias.moe.shape).at[jnp.array(cut.layers["moe"])[stage]].add(losses.load.moe)
+    return losses._replace(load=RouterBias(load, losses.load.mtp))
+
+
+def micro_batches(rows: Int[Array, "micro b row"], n: Array, counts: Array, mtp_weight: Array, aux_loss_alpha: float) -> MicroBatch:
+    """The batch of a step as the pipeline takes it: the first n of its micro-batches are used."""
+    M = rows.shape[0]
+    everywhere = lambda value: jnp.broadcast_to(value, (M, *jnp.shape(value)))  # noqa: E731
+    used = (jnp.arange(M) < n).astype(jnp.float32)
+    return MicroBatch(rows, used, everywhere(counts), everywhere(mtp_weight), everywhere(aux_loss_alpha / n))
