@@ -21,6 +21,7 @@ from dsv3_jax.interop.safetensors import CheckpointError, read_folder
 from dsv3_jax.interop.store import convert
 from dsv3_jax.interop.weights import ArraySource
 from dsv3_jax.model.transformer import Execution, RouterBias
+from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training.evaluate import write_logits
 from dsv3_jax.training.initial import check_initial, load_initial, with_tokenizer_of
 from dsv3_jax.training.run import _eos_ids
@@ -39,7 +40,6 @@ TEMPLATE = (
 )
 
 HELLO = [{"role": "user", "content": "hello"}]
-ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def command(name, *arguments):
@@ -224,7 +224,7 @@ def test_initial_weights_are_those_of_the_checkpoint(public):
     config = dataclasses.replace(SMALLER, init_from=str(public))
     free = dict(max_position_embeddings=32, aux_loss_alpha=0.5, initializer_range=0.3)
     check_initial(dataclasses.replace(config, model=dataclasses.replace(config.model, **free)))
-    params, bias = load_initial(config, ONE)
+    params, bias = load_initial(config, make_mesh(config.parallel.mesh))
     jax.tree.map(np.testing.assert_array_equal, (params, tuple(bias)), (parameters(config.model)[0], tuple(parameters(config.model)[1])))
     assert with_tokenizer_of(config).data.tokenizer == str(public / "tokenizer.json")
     named = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="mine.json"))

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dsv3_jax.config import MeshConfig, ParallelConfig
@@ -83,14 +84,18 @@ def test_gradients_and_parameters_cut_too(shard, balance):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "dispatch"), EVERYWHERE)
-@pytest.mark.parametrize("execution", [LOW, FP8], ids=["bf16", "fp8"])
-def test_low_precision_equals_one_device_but_for_rounding(execution, sizes, dispatch):
-    """What is summed in another order rounds otherwise, and routers then pick other experts for a few tokens."""
+@pytest.mark.parametrize(("execution", "off"), [(LOW, 0.2), (FP8, 0.3)], ids=["bf16", "fp8"])
+def test_low_precision_equals_one_device_but_for_rounding(execution, off, sizes, dispatch):
+    """What is summed in another order rounds otherwise, and routers then pick other experts for a few tokens, from the first step on.
+
+    One token that goes to another expert moves the loss of a step by up to 1e-4; which do depends on the processor. `off` bounds
+    how far five steps may lead apart, as a share of what they changed; on one device, sequences in another order give 0.02 and 0.08.
+    """
     length = 128 if execution is FP8 else 16  # tiles of Wgrad along tokens begin where a device's do
     start = jax.jit(functools.partial(create_state, dataclasses.replace(CONFIG, model=DEEP), make_optimizer(OPTIMIZER)))()
     (got, metrics), (expected, expected_metrics) = (train(DEEP, execution, *mesh, length=length) for mesh in ((sizes, dispatch), ()))
     for i, (a, b) in enumerate(zip(metrics, expected_metrics, strict=True)):
-        np.testing.assert_allclose(a.main.nll, b.main.nll, rtol=2e-3 if i else 1e-5)
-        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=3e-2 if i else 3e-3)
-    for x, y, before in zip(*(jax.tree.leaves(state.params) for state in (got, expected, start)), strict=True):
-        assert np.linalg.norm(x - y) <= 0.25 * np.linalg.norm(y - before)
+        np.testing.assert_allclose(a.main.nll, b.main.nll, rtol=5e-3 if i else 5e-4)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=0.2 if i else 3e-3)
+    apart, moved = (optax.tree.norm(jax.tree.map(np.subtract, state.params, expected.params)) for state in (got, start))
+    assert apart <= off * moved
