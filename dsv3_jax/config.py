@@ -151,7 +151,7 @@ class PrecisionConfig:
 class MeshConfig:
     """Devices along each mesh axis. Sequences of a micro-batch are spread over data x node x gpu."""
 
-    pipe: int = 1  # stages of the pipeline; 1 until pipelines are there
+    pipe: int = 1  # ranks of the pipeline; 1: none
     data: int = 1  # groups that each hold all experts
     node: int = 1  # hosts of such a group: routed experts are spread over node x gpu
     gpu: int = 1  # devices of a host
@@ -179,6 +179,7 @@ class ParallelConfig:
     dispatch: str = "direct"  # how tokens reach experts: direct | two_hop (along node once a target node, then along gpu)
     dispatch_bound: float | None = None  # rows of dispatch buffers, in multiples of a balanced load; None: the worst case
     shard: str = "optimizer"  # cut over devices: optimizer (ZeRO-1) | gradients (ZeRO-2) | parameters (FSDP)
+    schedule: str = "dualpipe"  # of the pipeline, where mesh.pipe > 1: gpipe | 1f1b | zb1p | dualpipe | dualpipe_v
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ _CHOICES = {
     "precision.policy": ("bf16", "fp8"),
     "parallel.dispatch": ("direct", "two_hop"),
     "parallel.shard": ("optimizer", "gradients", "parameters"),
+    "parallel.schedule": ("gpipe", "1f1b", "zb1p", "dualpipe", "dualpipe_v"),
     **{f"precision.{name}_tile": ("1x128", "128x128", "tensor") for name in ("activation", "gradient", "weight")},
 }
 _POSITIVE = (
@@ -123,7 +124,8 @@ def _validate_batch(config: Any) -> None:
 def _validate_parallel(config: Any) -> None:
     p, t, m = config.parallel, config.train, config.model
     mesh = p.mesh
-    _require(mesh.pipe == 1, config, "parallel.mesh.pipe", "must be 1: there are no pipelines yet")
+    if mesh.pipe > 1:
+        _validate_pipeline(config)
     spread = f"parallel.mesh.data {mesh.data} x node {mesh.node} x gpu {mesh.gpu} = {mesh.batch_devices}"
     _require(t.micro_batch_size % mesh.batch_devices == 0, config, "train.micro_batch_size", f"must be a multiple of {spread}")
     experts = f"parallel.mesh.node {mesh.node} x gpu {mesh.gpu} = {mesh.expert_devices}"
@@ -132,3 +134,30 @@ def _validate_parallel(config: Any) -> None:
              "must be at least 1, a balanced load; or None for the worst case")  # fmt: skip
     _require(p.shard != "parameters" or t.remat != "none", config, "parallel.shard",
              "needs train.remat selective or full: with none every layer's gathered weights would be kept")  # fmt: skip
+
+
+def _validate_pipeline(config: Any) -> None:
+    p, t = config.parallel, config.train
+    ranks = p.mesh.pipe
+    check_ranks(ranks, "config.parallel.mesh.pipe")
+    check_micro_batches(ranks, t.batch_size // t.micro_batch_size, "config.train.batch_size / train.micro_batch_size")
+    check_layers(config.model.num_hidden_layers, 2 * ranks if p.schedule == "dualpipe_v" else ranks, "config.model.num_hidden_layers")
+    _require(p.shard == "optimizer", config, "parallel.shard", f"must be optimizer where parallel.mesh.pipe = {ranks} is above 1")
+
+
+def check_ranks(ranks: int, field: str = "P") -> None:
+    """Refuses a pipeline of so many ranks where no schedule has them; `field` is what the user calls their number."""
+    if ranks < 2 or ranks % 2:
+        raise ConfigError(field, ranks, "the number of pipeline ranks must be even and at least 2")
+
+
+def check_micro_batches(ranks: int, micro_batches: int, field: str = "M") -> None:
+    """Refuses so many micro-batches a step on a pipeline of so many ranks."""
+    if micro_batches % 2 or micro_batches < 2 * ranks:
+        raise ConfigError(field, micro_batches, f"the number of micro-batches must be even and at least 2 P = {2 * ranks}")
+
+
+def check_layers(layers: int, stages: int, field: str = "model.num_hidden_layers") -> None:
+    """Refuses a model that has not a layer for each stage of a pipeline."""
+    if layers < stages:
+        raise ConfigError(field, layers, f"the pipeline has {stages} stages; use fewer ranks or more layers")

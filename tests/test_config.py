@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from dsv3_jax.config import Config, ConfigError, check_override, default_config, describe_fields, from_config_dict, from_dict, to_dict
+from dsv3_jax.parallel.schedules import GENERATORS
 
 
 def leaves(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -184,9 +186,35 @@ def test_values_and_relations(fields: dict[str, Any], field: str, remedy: str):
     assert remedy in str(error)
 
 
+PIPELINE = {"parallel__mesh__pipe": 4, "train__batch_size": 64}  # eight micro-batches
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel__mesh__pipe": 3}, "config.parallel.mesh.pipe = 3: the number of pipeline ranks must be even and at least 2"),
+        ({"train__batch_size": 72}, "config.train.batch_size / train.micro_batch_size = 9: the number of micro-batches must be even and"),
+        ({"train__batch_size": 48}, "config.train.batch_size / train.micro_batch_size = 6: .* at least 2 P = 8"),
+        ({"model__num_hidden_layers": 3}, "config.model.num_hidden_layers = 3: the pipeline has 4 stages; use fewer ranks or more layers"),
+        ({"model__num_hidden_layers": 7, "parallel__schedule": "dualpipe_v"}, "config.model.num_hidden_layers = 7: the pipeline has 8"),
+        ({"parallel__schedule": "dualpip"}, "config.parallel.schedule = 'dualpip': did you mean 'dualpipe'"),
+        ({"parallel__shard": "gradients"}, "config.parallel.shard = 'gradients': must be optimizer where parallel.mesh.pipe = 4"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_pipelines_that_cannot_run(fields: dict[str, Any], message: str):
+    assert re.match(message, str(refused(changed(**PIPELINE | fields))))
+
+
+def test_the_schedules_of_the_configuration_are_those_there_are():
+    for name in GENERATORS:
+        assert from_dict(changed(**PIPELINE, parallel__schedule=name)).parallel.schedule == name
+
+
 @pytest.mark.parametrize(
     "fields",
     [
+        PIPELINE,
         {"model__num_experts_per_tok": 128},
         {"model__topk_group": 8, "model__num_experts_per_tok": 256},
         {"train__sequence_length": 2},

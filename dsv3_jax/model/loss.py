@@ -32,6 +32,16 @@ class Losses(NamedTuple):
     fullness: Float[Array, ""]  # of the fullest dispatch buffer of all layers
 
 
+def add_losses(a: Losses, b: Losses) -> Losses:
+    """Of two batches, or of two parts of the model over one."""
+    return jax.tree.map(jnp.add, a, b)._replace(fullness=jnp.maximum(a.fullness, b.fullness))
+
+
+def psum_losses(losses: Losses, axes: str | tuple[str, ...]) -> Losses:
+    """`add_losses` over the devices along mesh axes."""
+    return jax.lax.psum(losses, axes)._replace(fullness=jax.lax.pmax(losses.fullness, axes))
+
+
 @jax.custom_vjp
 def head_sums(hidden: Float[Array, "n d"], kernel: Float[Array, "d v"], targets: Int[Array, " n"], weights: Float[Array, " n"]) -> HeadSums:
     """Cross-entropy of the head over n tokens, a chunk of logits at a time.

@@ -1,6 +1,6 @@
 """The device mesh: four axes, always there, each of any size (V3 sec. 3.1-3.2).
 
-    pipe   stages of the pipeline
+    pipe   ranks of the pipeline, each with its own layers
     data   copies of the experts
     node   hosts that share the experts, joined by InfiniBand
     gpu    devices of such a host, joined by NVLink
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.config import ConfigError, MeshConfig
 
 AXES = ("pipe", "data", "node", "gpu")
+PIPE_AXIS = "pipe"
 BATCH_AXES = ("data", "node", "gpu")
 EXPERT_AXES = ("node", "gpu")
 

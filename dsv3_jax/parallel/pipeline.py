@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.parallel.mesh import PIPE_AXIS
 from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.parallel.ticks import Action, Channel, Operand, lower
-
-AXIS = "pipe"
 
 
 class StageOutput(NamedTuple):
@@ -36,7 +35,7 @@ class StageOutput(NamedTuple):
 
     y: Float[Array, "..."]  # for the next stage; not read after the last
     loss: Float[Array, ""]  # its own part of the loss; parts of stages and micro-batches add up
-    metrics: PyTree  # to be summed over micro-batches, without gradient
+    metrics: PyTree  # to be added up over micro-batches, without gradient
 
 
 class StageParams(NamedTuple):
@@ -56,27 +55,36 @@ class PipelineOutput(NamedTuple):
 
 # stage(own, shared, x, micro_batch, stage index): pure; x is all zeros on stage 0.
 Stage = Callable[[Any, Any, Array, Any, Int[Array, ""]], StageOutput]
+Addition = Callable[[Any, Any], Any]  # of two trees of metrics; zeros must change nothing
 
 
-def run_pipeline(schedule: Schedule, stage: Stage, params: StageParams, batch: PyTree, activation: jax.ShapeDtypeStruct) -> PipelineOutput:
+def add(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
+    """The sum of two trees."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def run_pipeline(
+    schedule: Schedule, stage: Stage, params: StageParams, batch: PyTree, activation: jax.ShapeDtypeStruct, add_metrics: Addition = add
+) -> PipelineOutput:
     """This rank's part of loss, gradients and metrics of a batch; to be called by every rank, inside `shard_map` over `pipe`.
 
     Args:
         params: this rank's, for the stages that `Schedule.stage` gives it.
         batch: micro-batches on a leading axis [M, ...], the same on every rank of the pipeline.
         activation: shape and dtype of what stages send one another.
+        add_metrics: how metrics of micro-batches add up.
 
     Raises ConfigError when the mesh's `pipe` axis is not as long as the schedule has ranks.
     """
-    if jax.lax.axis_size(AXIS) != schedule.n_ranks:
+    if jax.lax.axis_size(PIPE_AXIS) != schedule.n_ranks:
         raise ConfigError(
-            "mesh.pipe", jax.lax.axis_size(AXIS), f"the schedule has {schedule.n_ranks} ranks; the axis needs as many devices"
+            "mesh.pipe", jax.lax.axis_size(PIPE_AXIS), f"the schedule has {schedule.n_ranks} ranks; the axis needs as many devices"
         )
     ticks = lower(schedule)
-    passes = _Passes(schedule, stage, params, batch)
+    passes = _Passes(schedule, stage, params, batch, add_metrics)
     branches = [functools.partial(passes.run, action) for action in ticks.actions]
     buffers = {payload: jnp.zeros((count, *activation.shape), activation.dtype) for payload, count in ticks.slots.items()}
-    rank = jax.lax.axis_index(AXIS)
+    rank = jax.lax.axis_index(PIPE_AXIS)
     arrivals = list(ticks.arrivals.values())
     rows = jax.tree.map(lambda table: jnp.asarray(table)[:, rank], (ticks.action, ticks.operands, arrivals))
 
@@ -96,7 +104,7 @@ def _exchange(buffers: dict[str, Array], results: dict[str, Array], slots: dict[
         value = results[channel.payload]
         if channel.shift:
             pairs = [(rank, rank + channel.shift) for rank in range(ranks) if 0 <= rank + channel.shift < ranks]
-            value = jax.lax.ppermute(value, AXIS, pairs)
+            value = jax.lax.ppermute(value, PIPE_AXIS, pairs)
         buffers = buffers | {channel.payload: buffers[channel.payload].at[slot].set(value)}
     return buffers
 
@@ -104,8 +112,8 @@ def _exchange(buffers: dict[str, Array], results: dict[str, Array], slots: dict[
 class _Passes:
     """The passes of one rank over its own parameters, as branches of a switch."""
 
-    def __init__(self, schedule: Schedule, stage: Stage, params: StageParams, batch: PyTree):
-        self._schedule, self._params, self._batch = schedule, params, batch
+    def __init__(self, schedule: Schedule, stage: Stage, params: StageParams, batch: PyTree, add_metrics: Addition):
+        self._schedule, self._params, self._batch, self._add_metrics = schedule, params, batch, add_metrics
         # Under jit a pass is traced once, and not again for each branch that has it.
         self._forward = jax.jit(lambda *inputs: stage(*inputs).y)
         self._backward = {kind: jax.jit(functools.partial(_backward, stage, kind)) for kind in "BIW"}
@@ -129,14 +137,23 @@ class _Passes:
                 results["activation"] = self._forward(*inputs)
             else:
                 out = self._backward[kind](buffers["gradient"][operand.gradient], *inputs)
-                results["gradient"], sums = out.dx, _add(sums, direction, out)
+                results["gradient"], sums = out.dx, self._added(sums, direction, out)
         return results, sums
 
     def _inputs(self, direction: int, x: Array, micro_batch: Array) -> tuple[Any, ...]:
         """What the stage of a direction takes."""
-        rank = jax.lax.axis_index(AXIS)
+        rank = jax.lax.axis_index(PIPE_AXIS)
         index = rank if direction == 0 else self._schedule.n_stages - 1 - rank
         return self._params.own[direction], self._params.shared, x, jax.tree.map(lambda leaf: leaf[micro_batch], self._batch), index
+
+    def _added(self, sums: PipelineOutput, direction: int, new: "_Gradients") -> PipelineOutput:
+        if new.params:
+            (own, shared), (d_own, d_shared) = sums.gradients, new.params
+            sums = sums._replace(gradients=StageParams(_add_at(own, direction, d_own, add), add(shared, d_shared)))
+        if new.report:
+            loss, metrics = new.report
+            sums = sums._replace(loss=sums.loss + loss, metrics=_add_at(sums.metrics, direction, metrics, self._add_metrics))
+        return sums
 
 
 class _Gradients(NamedTuple):
@@ -167,15 +184,5 @@ def _backward(stage: Stage, kind: str, dy: Array, own: PyTree, shared: PyTree, x
     return _Gradients(dx, (d_own, d_shared), (loss, metrics))
 
 
-def _add(sums: PipelineOutput, direction: int, new: _Gradients) -> PipelineOutput:
-    if new.params:
-        (own, shared), (d_own, d_shared) = sums.gradients, new.params
-        sums = sums._replace(gradients=StageParams(_add_at(own, direction, d_own), jax.tree.map(jnp.add, shared, d_shared)))
-    if new.report:
-        loss, metrics = new.report
-        sums = sums._replace(loss=sums.loss + loss, metrics=_add_at(sums.metrics, direction, metrics))
-    return sums
-
-
-def _add_at(values: tuple, index: int, new: PyTree) -> tuple:
-    return (*values[:index], jax.tree.map(jnp.add, values[index], new), *values[index + 1 :])
+def _add_at(values: tuple, index: int, new: PyTree, addition: Addition) -> tuple:
+    return (*values[:index], addition(values[index], new), *values[index + 1 :])

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dsv3_jax.config import ConfigError, nearest_name
+from dsv3_jax.config_checks import check_layers, check_micro_batches, check_ranks
 
 
 class Pass(NamedTuple):
@@ -118,10 +119,8 @@ def make_schedule(name: str, P: int, M: int) -> Schedule:
     """The schedule of that name for P ranks and M micro-batches. Raises ConfigError for P or M that are odd, or M below 2 P."""
     if name not in GENERATORS:
         raise ConfigError("schedule", name, f"{nearest_name(name, list(GENERATORS))} (one of {', '.join(GENERATORS)})")
-    if P < 2 or P % 2:
-        raise ConfigError("P", P, "the number of pipeline ranks must be even and at least 2")
-    if M % 2 or M < 2 * P:
-        raise ConfigError("M", M, f"the number of micro-batches must be even and at least 2 P = {2 * P}")
+    check_ranks(P)
+    check_micro_batches(P, M)
     layout, generate = GENERATORS[name]
     return Schedule(name, layout, M, tuple(tuple(generate(rank, P, M)) for rank in range(P)))
 
@@ -132,8 +131,7 @@ def split_layers(n_layers: int, n_stages: int) -> list[range]:
     The last stages are the shorter ones because the last of all runs the output head and the MTP modules as well.
     Raises ConfigError when there are fewer layers than stages.
     """
-    if n_layers < n_stages:
-        raise ConfigError("model.num_hidden_layers", n_layers, f"the pipeline has {n_stages} stages; use fewer ranks or more layers")
+    check_layers(n_layers, n_stages)
     each, over = divmod(n_layers, n_stages)
     starts = [stage * each + min(stage, over) for stage in range(n_stages + 1)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]

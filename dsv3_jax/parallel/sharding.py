@@ -2,8 +2,9 @@
 
 A parameter has two places. *Compute*: as the model's functions take it, by `TABLE`; routed experts lie on node x gpu and
 everything else is on every device. *Master*: the float32 master, its moments and its summed gradient, which are cut in
-addition over every axis of the batch that the compute place does not use (ZeRO-1, V3 sec. 3.1). `gather` leads from
-master to compute and `scatter` sums gradients on the way back; both run inside `shard_map`.
+addition over every axis that the compute place does not use, those of the batch and `pipe` (ZeRO-1, V3 sec. 3.1). `gather`
+leads from master to compute and `scatter` sums gradients on the way back; both run inside `shard_map`. On a pipeline
+`gather_layers` fetches no more of a stack than the layers that a rank runs.
 """
 
 import dataclasses
@@ -11,14 +12,17 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES
+from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES, PIPE_AXIS
 
 STACKS = ("dense", "moe", "mtp")  # their parameters have a leading axis of layers, which the model loops over
+MASTER_AXES = (*BATCH_AXES, PIPE_AXIS)  # pipe is innermost: what comes along it is one run, to be gathered over the others
 
 # The first name that is on a parameter's path decides; the axes of its dimensions are listed from the front.
 TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
@@ -49,7 +53,7 @@ class Place:
     @property
     def summed(self) -> tuple[str, ...]:
         """Axes that a gradient is summed over and not cut along."""
-        return tuple(axis for axis in BATCH_AXES if axis not in _axes_of(self.compute) and axis not in self.axes)
+        return tuple(axis for axis in MASTER_AXES if axis not in _axes_of(self.compute) and axis not in self.axes)
 
 
 def place(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, table: tuple[tuple[str, tuple[Any, ...]], ...] = TABLE) -> Place:
@@ -62,7 +66,7 @@ def place(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, table: t
     names = name.split("/")
     compute = next((P(*axes) for key, axes in table if key in names), P())
     _check(name, shape, compute, mesh)
-    unused = tuple(a for a in BATCH_AXES if a not in _axes_of(compute) and mesh.shape[a] > 1)
+    unused = tuple(a for a in MASTER_AXES if a not in _axes_of(compute) and mesh.shape[a] > 1)
     free = [d for d in range(names[0] in STACKS, len(shape)) if d >= len(compute) or compute[d] is None]
     for start in range(len(unused)):
         axes = unused[start:]
@@ -122,6 +126,23 @@ def gather(params: PyTree[Array], where: PyTree[Place], stacked: bool = False) -
         return jax.lax.all_gather(part, at.axes, axis=at.dim - stacked, tiled=True) if at.axes else part
 
     return jax.tree.map(one, params, where)
+
+
+def gather_layers(stack: PyTree[Array], where: PyTree[Place], layers: Int[np.ndarray, "ranks most"]) -> PyTree[Array]:
+    """Compute copies of those layers of a stack that this rank of the pipeline runs, `layers[rank]`; its gradient sums and cuts.
+
+    Ranks exchange their parts of one another's layers, so that none ever holds a layer that it does not run.
+    """
+
+    def one(part: Array, at: Place) -> Array:
+        others = tuple(axis for axis in at.axes if axis != PIPE_AXIS)
+        if PIPE_AXIS in at.axes:
+            part = jax.lax.all_to_all(part[layers.reshape(-1)], PIPE_AXIS, split_axis=0, concat_axis=at.dim, tiled=True)
+        else:
+            part = part[jnp.asarray(layers)[jax.lax.axis_index(PIPE_AXIS)]]
+        return jax.lax.all_gather(part, others, axis=at.dim, tiled=True) if others else part
+
+    return jax.tree.map(one, stack, where)
 
 
 def scatter(grads: PyTree[Array], where: PyTree[Place]) -> PyTree[Array]:

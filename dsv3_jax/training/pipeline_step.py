@@ -5,25 +5,32 @@ padded to the longest of any stage: all ranks run the same program. Embedding, f
 are the same on every rank, and the first and the last stage use them: in DualPipe these two share a rank. A rank thus
 holds, for each direction, its layers, and one copy of the rest.
 
-The parameters of a stage are a linear function of the model's, `_stage_params`. Its transpose takes the gradients back:
-it adds up the two copies of a stage that DualPipe keeps, and drops padding.
+What a rank computes with is a linear function of the master parts of all, `_stage_params`: an exchange along `pipe`, then
+a gathering over the other axes. Its transpose takes the gradients back: it adds up the two copies of a stage that
+DualPipe keeps, drops padding, sums over the devices that saw other rows, and leaves each its master part.
+
+Inside a stage devices exchange tokens along `node` and `gpu`. They do so in branches that a rank takes by its number along
+`pipe` and by nothing else, so all devices that share an exchange reach it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import rms_norm
-from dsv3_jax.model.loss import Losses, head_losses, objective
+from dsv3_jax.model.loss import Losses, add_losses, head_losses, objective, psum_losses
 from dsv3_jax.model.transformer import Execution, LayerReports, Params, RouterBias, TrunkOutput, embed, scan_blocks, token_context
-from dsv3_jax.parallel.pipeline import AXIS, StageOutput, StageParams, run_pipeline
+from dsv3_jax.parallel.mesh import PIPE_AXIS
+from dsv3_jax.parallel.pipeline import StageOutput, StageParams, run_pipeline
 from dsv3_jax.parallel.schedules import Schedule, Seat, split_layers
+from dsv3_jax.parallel.sharding import Place, gather, gather_layers, sum_whole
 
 STACKS = ("dense", "moe")
 
@@ -60,41 +67,50 @@ class MicroBatch(NamedTuple):
 
 
 def pipelined_gradients(
-    params: Params, bias: RouterBias, batch: MicroBatch, schedule: Schedule, config: ModelConfig, execution: Execution
+    params: Params,
+    bias: RouterBias,
+    batch: MicroBatch,
+    schedule: Schedule,
+    config: ModelConfig,
+    execution: Execution,
+    where: PyTree[Place],
 ) -> tuple[Params, Losses]:
-    """Gradients of the summed objectives of M micro-batches, and their summed losses; the same on all ranks.
+    """Gradient of the summed objectives of M micro-batches, and this device's losses of them, summed over the stages.
 
-    To be called inside `shard_map` over `pipe`, with parameters, bias and batch the same along it.
+    To be called inside `shard_map` over the whole mesh. Parameters and the gradient, which is that of all devices' rows,
+    are master parts that lie as `where` says; bias and batch are the same along `pipe`.
     """
     cut = Cut.of(config, schedule.n_stages)
-    here = [_stage_of(schedule, direction) for direction in schedule.directions]
-    stage_params, to_params = jax.vjp(lambda p: _stage_params(p, bias, cut, here), params)
+    stages = [_stages(schedule, direction) for direction in schedule.directions]
+    stage_params, to_masters = jax.vjp(lambda p: _stage_params(p, bias, cut, stages, where), params)
     b, row = batch.rows.shape[1:]
     activation = jax.ShapeDtypeStruct((b, row - 1, config.hidden_size), jnp.dtype(execution.dtype))
     stage = _make_stage(cut, schedule.n_stages, config, execution)
-    out = run_pipeline(schedule, stage, stage_params, batch, activation)
-    (gradients,) = to_params(out.gradients)
-    parts = [_whole_model(losses, cut, at, bias) for losses, at in zip(out.metrics, here, strict=True)]
-    losses = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-    return jax.lax.psum((gradients, losses), AXIS)
+    out = run_pipeline(schedule, stage, stage_params, batch, activation, add_losses)
+    (gradients,) = to_masters(out.gradients)
+    parts = [_whole_model(losses, _here(cut.layers["moe"][at]), bias) for losses, at in zip(out.metrics, stages, strict=True)]
+    return sum_whole(gradients, where), psum_losses(functools.reduce(add_losses, parts), PIPE_AXIS)
 
 
-def _stage_of(schedule: Schedule, direction: int) -> Int[Array, ""]:
-    """The stage that this rank runs for a direction."""
-    stages = [schedule.stage(Seat(rank, direction)) for rank in range(schedule.n_ranks)]
-    return jnp.array(stages)[jax.lax.axis_index(AXIS)]
+def _stages(schedule: Schedule, direction: int) -> Int[np.ndarray, " ranks"]:
+    """The stage that each rank runs for a direction."""
+    return np.array([schedule.stage(Seat(rank, direction)) for rank in range(schedule.n_ranks)])
 
 
-def _stage_params(params: Params, bias: RouterBias, cut: Cut, here: list[Array]) -> StageParams:
+def _here(of_ranks: Int[np.ndarray, "ranks *rest"]) -> Int[Array, "*rest"]:
+    """This rank's row of a table of all ranks."""
+    return jnp.asarray(of_ranks)[jax.lax.axis_index(PIPE_AXIS)]
+
+
+def _stage_params(params: Params, bias: RouterBias, cut: Cut, stages: list[np.ndarray], where: PyTree[Place]) -> StageParams:
     """This rank's part of the parameters; the router bias, which is state, goes with them and its gradient is zero."""
 
-    def own(stage: Array) -> Params:
-        layers = {kind: jnp.array(cut.layers[kind])[stage] for kind in STACKS}
-        stacks = {kind: jax.tree.map(lambda leaf, kind=kind: leaf[layers[kind]], params[kind]) for kind in STACKS if kind in params}
-        return stacks | {"bias": bias.moe[layers["moe"]]}
+    def own(at: np.ndarray) -> Params:
+        stacks = {kind: gather_layers(params[kind], where[kind], cut.layers[kind][at]) for kind in STACKS if kind in params}
+        return stacks | {"bias": bias.moe[_here(cut.layers["moe"][at])]}
 
-    shared = {name: part for name, part in params.items() if name not in STACKS}
-    return StageParams(tuple(map(own, here)), shared | {"bias": bias.mtp})
+    shared = {name: gather(part, where[name]) for name, part in params.items() if name not in STACKS}
+    return StageParams(tuple(map(own, stages)), shared | {"bias": bias.mtp})
 
 
 def _make_stage(
@@ -139,15 +155,15 @@ def _losses(shared: Params, out: TrunkOutput, rows: Array, is_last: Array, confi
     return jax.lax.cond(is_last, with_heads, without)
 
 
-def _whole_model(losses: Losses, cut: Cut, stage: Array, bias: RouterBias) -> Losses:
+def _whole_model(losses: Losses, layers: Int[Array, " most"], bias: RouterBias) -> Losses:
     """Losses of a stage with the loads of its layers where the model has them; padding has no load."""
-    load = jnp.zeros(bias.moe.shape).at[jnp.array(cut.layers["moe"])[stage]].add(losses.load.moe)
+    load = jnp.zeros(bias.moe.shape).at[layers].add(losses.load.moe)
     return losses._replace(load=RouterBias(load, losses.load.mtp))
 
 
-def micro_batches(rows: Int[Array, "micro b row"], n: Array, counts: Array, mtp_weight: Array, aux_loss_alpha: float) -> MicroBatch:
-    """The batch of a step as the pipeline takes it: the first n of its micro-batches are used."""
+def micro_batches(rows: Int[Array, "micro b row"], n: Array, counts: Array, mtp_weight: Array, balance_weight: Array) -> MicroBatch:
+    """The batch of a step as the pipeline takes it: the first n of its micro-batches are used. The rest as `objective` takes it."""
     M = rows.shape[0]
     everywhere = lambda value: jnp.broadcast_to(value, (M, *jnp.shape(value)))  # noqa: E731
     used = (jnp.arange(M) < n).astype(jnp.float32)
-    return MicroBatch(rows, used, everywhere(counts), everywhere(mtp_weight), everywhere(aux_loss_alpha / n))
+    return MicroBatch(rows, used, everywhere(counts), everywhere(mtp_weight), everywhere(balance_weight))

@@ -4,6 +4,8 @@ parallel.shard  gathered                        summed and cut
 optimizer       once a step, before its loop    once a step, after its loop
 gradients       once a step                     after every micro-batch
 parameters      a layer at a time, at use       a layer at a time, in the backward pass
+
+Training on a pipeline gathers by stages instead, see `pipeline_step`; what is said here of whole models is then for evaluation.
 """
 
 import dataclasses
@@ -17,10 +19,10 @@ from jaxtyping import Array, PyTree
 
 from dsv3_jax.config import Config, MeshConfig
 from dsv3_jax.model.init import parameter_shapes
-from dsv3_jax.model.loss import Losses
+from dsv3_jax.model.loss import Losses, psum_losses
 from dsv3_jax.model.transformer import Execution, Params
 from dsv3_jax.parallel.expert import Placement, make_hops
-from dsv3_jax.parallel.mesh import BATCH_AXES, make_mesh
+from dsv3_jax.parallel.mesh import BATCH_AXES, PIPE_AXIS, make_mesh
 from dsv3_jax.parallel.sharding import STACKS, Place, gather, places, scatter, sum_whole
 
 
@@ -34,10 +36,13 @@ class Spread:
     execution: Execution  # with its placement on the mesh
 
     @classmethod
-    def of(cls, config: Config, execution: Execution, mesh: Mesh | None) -> "Spread":
-        """The spread that a configuration asks for on a mesh of its sizes; None: the same on one device."""
+    def of(cls, config: Config, execution: Execution, mesh: Mesh | None, shard: str | None = None) -> "Spread":
+        """The spread that a configuration asks for on a mesh of its sizes; None: the same on one device.
+
+        `shard`: another one than the configuration's.
+        """
         mesh = mesh or make_mesh(MeshConfig())
-        where, shard = places(parameter_shapes(config.model), mesh), config.parallel.shard
+        where, shard = places(parameter_shapes(config.model), mesh), shard or config.parallel.shard
         hops = make_hops(config.parallel.dispatch, MeshConfig(**mesh.shape), config.model)
         placement = Placement(BATCH_AXES, hops, config.parallel.dispatch_bound)
         if shard == "parameters":
@@ -47,7 +52,12 @@ class Spread:
     @property
     def devices(self) -> int:
         """Devices that rows are spread over."""
-        return self.mesh.devices.size // self.mesh.shape["pipe"]
+        return self.mesh.devices.size // self.ranks
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the pipeline."""
+        return self.mesh.shape[PIPE_AXIS]
 
     def over_rows(
         self, f: Callable[..., Any], micro_batches: bool, scalars: int = 0, returns_gradients: bool = False
@@ -88,5 +98,5 @@ class Spread:
 
     def sum_losses(self, losses: Losses) -> Losses:
         """Losses of the whole micro-batch; the balance loss is a mean over its sequences, as on one device."""
-        total = self.sum(losses)
-        return total._replace(balance_loss=total.balance_loss / self.devices, fullness=jax.lax.pmax(losses.fullness, BATCH_AXES))
+        total = psum_losses(losses, BATCH_AXES)
+        return total._replace(balance_loss=total.balance_loss / self.devices)

@@ -4,8 +4,9 @@ Gradients and losses are made by a function of one device's rows under `shard_ma
 written out: weights gathered, tokens dispatched, gradients and counts summed. A mesh of one device is the same code.
 
 Micro-batches are accumulated by a loop whose trip count is an argument, so a growing batch (V3 sec. 4.2)
-never recompiles. A step whose loss or gradient is not finite leaves parameters, moments and bias alone; one whose tokens
-did not fit the dispatch buffers (`fullness` above 1) leaves everything as it was, to be made again with larger ones.
+never recompiles; on a mesh with ranks along `pipe` a pipeline schedule takes the loop's place. A step whose loss or gradient
+is not finite leaves parameters, moments and bias alone; one whose tokens did not fit the dispatch buffers (`fullness` above 1)
+leaves everything as it was, to be made again with larger ones.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.loss import HeadSums, Losses, compute_losses, objective, target_counts
+from dsv3_jax.model.loss import HeadSums, Losses, add_losses, compute_losses, objective, target_counts
 from dsv3_jax.model.router import update_bias
 from dsv3_jax.model.transformer import Execution, Params, RouterBias
+from dsv3_jax.parallel.mesh import PIPE_AXIS
+from dsv3_jax.parallel.schedules import make_schedule
+from dsv3_jax.training.pipeline_step import micro_batches, pipelined_gradients
 from dsv3_jax.training.spread import Spread
 from dsv3_jax.training.state import TrainState
 
@@ -67,26 +71,43 @@ def make_train_step(config: Config, execution: Execution, optimizer: optax.Gradi
 def _make_gradients(config: Config, spread: Spread) -> Callable[..., tuple[Params, Losses]]:
     """Of one device's rows: master parts of the whole batch's gradient, and the batch's losses."""
     model, execution = config.model, spread.execution
+    add_up = _through_the_pipeline if spread.ranks > 1 else _one_after_another
 
     def gradients(params: Params, bias: RouterBias, rows: Array, n: Array, rates: Rates) -> tuple[Params, Losses]:
         used = jnp.arange(rows.shape[0]) < n
         counts = spread.sum((jax.vmap(lambda r: target_counts(r, model, execution))(rows) * used[:, None]).sum(0))
-        balance_weight = model.aux_loss_alpha / (n * spread.devices)
-
-        def loss(p: Params, rows: Array) -> tuple[Array, Losses]:
-            losses = compute_losses(spread.at_use(p), bias, rows, model, execution)
-            return objective(losses, counts, rates.mtp_loss_weight, balance_weight), losses
-
-        held = spread.before_loop(params)
-
-        def micro(i: Array | int) -> tuple[Params, Losses]:
-            grads, losses = jax.grad(loss, has_aux=True)(held, rows[i])
-            return spread.after_micro_batch(grads), losses
-
-        grads, losses = _sum_over(micro, n, rows.shape[0])
-        return spread.after_loop(grads), spread.sum_losses(losses)
+        weights = counts, rates.mtp_loss_weight, model.aux_loss_alpha / (n * spread.devices)
+        grads, losses = add_up(config, spread, params, bias, rows, n, weights)
+        return grads, spread.sum_losses(losses)
 
     return gradients
+
+
+_Weights = tuple[Array, Array, Array]  # of the parts of `objective`
+
+
+def _one_after_another(
+    config: Config, spread: Spread, params: Params, bias: RouterBias, rows: Array, n: Array, weights: _Weights
+) -> tuple[Params, Losses]:
+    def loss(p: Params, rows: Array) -> tuple[Array, Losses]:
+        losses = compute_losses(spread.at_use(p), bias, rows, config.model, spread.execution)
+        return objective(losses, *weights), losses
+
+    held = spread.before_loop(params)
+
+    def micro(i: Array | int) -> tuple[Params, Losses]:
+        grads, losses = jax.grad(loss, has_aux=True)(held, rows[i])
+        return spread.after_micro_batch(grads), losses
+
+    grads, losses = _sum_over(micro, n, rows.shape[0])
+    return spread.after_loop(grads), losses
+
+
+def _through_the_pipeline(
+    config: Config, spread: Spread, params: Params, bias: RouterBias, rows: Array, n: Array, weights: _Weights
+) -> tuple[Params, Losses]:
+    schedule = make_schedule(config.parallel.schedule, spread.ranks, rows.shape[0])
+    return pipelined_gradients(params, bias, micro_batches(rows, n, *weights), schedule, config.model, spread.execution, spread.places)
 
 
 def _sum_over(f: Callable[[Any], tuple[Params, Losses]], n: Array, largest: int) -> tuple[Params, Losses]:
@@ -96,9 +117,8 @@ def _sum_over(f: Callable[[Any], tuple[Params, Losses]], n: Array, largest: int)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, 0))
 
     def add(i: Array, total: tuple[Params, Losses]) -> tuple[Params, Losses]:
-        new = f(i)
-        grads, losses = jax.tree.map(jnp.add, total, new)
-        return grads, losses._replace(fullness=jnp.maximum(total[1].fullness, new[1].fullness))
+        grads, losses = f(i)
+        return jax.tree.map(jnp.add, total[0], grads), add_losses(total[1], losses)
 
     return jax.lax.fori_loop(0, n, add, zeros)
 
@@ -119,8 +139,12 @@ def _apply(
 def make_eval_step(
     config: Config, execution: Execution, mesh: Mesh | None = None
 ) -> Callable[[Params, RouterBias, Int[Array, "b row"]], Losses]:
-    """Losses of a batch of rows, without gradients. mesh None: one device."""
-    spread = Spread.of(config, execution, mesh)
+    """Losses of a batch of rows, without gradients. mesh None: one device.
+
+    Ranks of a pipeline evaluate the same rows, each with the whole model; a rank has no room for that, so it gathers a layer at a time.
+    """
+    pipelined = mesh is not None and mesh.shape[PIPE_AXIS] > 1
+    spread = Spread.of(config, execution, mesh, "parameters" if pipelined else None)
 
     def evaluate(params: Params, bias: RouterBias, rows: Array) -> Losses:
         params = spread.at_use(spread.before_loop(params))

@@ -35,7 +35,7 @@ def test_a_gradient_is_summed_over_every_axis_once():
     shapes = parameter_shapes(MODEL)
     for path, at in jax.tree_util.tree_leaves_with_path(places(shapes, MESH)):
         cut = EXPERTS if "experts" in parameter_name(path).split("/") else ()
-        assert sorted((*cut, *at.axes, *at.summed)) == ["data", "gpu", "node"], path
+        assert sorted((*cut, *at.axes, *at.summed)) == ["data", "gpu", "node", "pipe"], path
 
 
 def test_one_device_cuts_nothing():

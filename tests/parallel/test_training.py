@@ -12,6 +12,7 @@ import pytest
 from dsv3_jax.config import MeshConfig, ParallelConfig
 from dsv3_jax.model.transformer import Execution
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dsv3_jax.parallel.schedules import GENERATORS
 from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.precision.policy import Recipe
 from dsv3_jax.training.optimizer import make_optimizer
@@ -31,9 +32,9 @@ STEPS, BATCH = 5, 8
 
 
 @functools.cache
-def train(model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimizer", length=16):
-    """State after five steps of two micro-batches, and the metrics of each step."""
-    parallel = ParallelConfig(MeshConfig(*sizes), dispatch, shard=shard)
+def train(model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimizer", length=16, schedule="dualpipe", micro=2):
+    """State after five steps of `micro` micro-batches, and the metrics of each step."""
+    parallel = ParallelConfig(MeshConfig(*sizes), dispatch, shard=shard, schedule=schedule)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OPTIMIZER, parallel=parallel)
     mesh, optimizer = make_mesh(parallel.mesh), make_optimizer(OPTIMIZER)
     create = functools.partial(create_state, config, optimizer)
@@ -44,8 +45,8 @@ def train(model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimi
     bias = jax.tree.map(lambda b: b + jnp.linspace(-1, 1, b.shape[1]) ** 3, state.router_bias)
     state, metrics = jax.device_put(state._replace(router_bias=bias), shardings), []
     for i in range(STEPS):
-        batch = jnp.stack([rows(model, BATCH, length, seed=2 * i + j) for j in range(2)])
-        state, reported = step(state, jax.device_put(batch, batch_sharding(mesh)), jnp.int32(2), RATES)
+        batch = jnp.stack([rows(model, BATCH, length, seed=2 * i + j) for j in range(micro)])
+        state, reported = step(state, jax.device_put(batch, batch_sharding(mesh)), jnp.int32(micro), RATES)
         metrics.append(reported)
     return jax.device_get(state), jax.device_get(metrics)
 
@@ -92,10 +93,48 @@ def test_low_precision_equals_one_device_but_for_rounding(execution, off, sizes,
     how far five steps may lead apart, as a share of what they changed; on one device, sequences in another order give 0.02 and 0.08.
     """
     length = 128 if execution is FP8 else 16  # tiles of Wgrad along tokens begin where a device's do
-    start = jax.jit(functools.partial(create_state, dataclasses.replace(CONFIG, model=DEEP), make_optimizer(OPTIMIZER)))()
-    (got, metrics), (expected, expected_metrics) = (train(DEEP, execution, *mesh, length=length) for mesh in ((sizes, dispatch), ()))
+    assert_close(DEEP, off, *(train(DEEP, execution, *mesh, length=length) for mesh in ((sizes, dispatch), ())))
+
+
+def assert_close(model, off, trained, as_expected):
+    start = jax.jit(functools.partial(create_state, dataclasses.replace(CONFIG, model=model), make_optimizer(OPTIMIZER)))()
+    (got, metrics), (expected, expected_metrics) = trained, as_expected
     for i, (a, b) in enumerate(zip(metrics, expected_metrics, strict=True)):
         np.testing.assert_allclose(a.main.nll, b.main.nll, rtol=5e-3 if i else 5e-4)
         np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=0.2 if i else 3e-3)
     apart, moved = (optax.tree.norm(jax.tree.map(np.subtract, state.params, expected.params)) for state in (got, start))
     assert apart <= off * moved
+
+
+# Two layers on two stages, without what costs compilation; the others have dense layers, MTP, and stages of unequal length.
+TWO = dataclasses.replace(DEEP, num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0, q_lora_rank=None)
+NINE = dataclasses.replace(DEEP, num_hidden_layers=9, first_k_dense_replace=2, aux_loss_alpha=0.05)
+
+
+def test_dualpipe_with_experts_and_masters_on_all_axes_in_float32():
+    assert_same(train(TWO, EXACT, (2, 1, 2, 2), "two_hop", micro=6), train(TWO, EXACT, micro=6), 1e-4, 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", GENERATORS)
+def test_every_schedule_on_four_ranks_equals_no_pipeline(schedule):
+    """M = 10 above 2 P; 9 layers on four stages, or on the eight of DualPipeV. Two devices also without: one routes a token otherwise."""
+    assert_same(train(NINE, EXACT, (4, 1, 1, 2), schedule=schedule, micro=10), train(NINE, EXACT, (1, 1, 1, 2), micro=10), 1e-4, 5e-6)
+
+
+@pytest.mark.slow
+def test_dualpipe_on_eight_ranks_equals_no_pipeline():
+    assert_same(train(NINE, EXACT, (8, 1, 1, 1), micro=18), train(NINE, EXACT, micro=18), 1e-4, 2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dispatch", ["direct", "two_hop"])
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 2), (2, 2, 1, 2)])
+def test_dualpipe_with_data_node_and_gpu_equals_one_device(sizes, dispatch):
+    """Three layers, one of them dense, on two stages; MTP on the last."""
+    assert_same(train(DEEP, EXACT, sizes, dispatch, micro=6), train(DEEP, EXACT, micro=6), 1e-4, 2e-6)
+
+
+@pytest.mark.slow
+def test_dualpipe_in_fp8_equals_the_same_mesh_without_it_but_for_rounding():
+    assert_close(TWO, 0.3, *(train(TWO, FP8, sizes, length=128, micro=6) for sizes in ((2, 1, 1, 2), (1, 1, 1, 2))))
