@@ -124,7 +124,7 @@ def _memory(report: dict[str, Any]) -> str:
         ("host: moving average", gib(average), "", "float32" if average else "train.ema_decay is 0"),
     ]
     for policy, size in report["activation_bytes_by_remat"].items():
-        rows.append((f"activations, remat {policy}", gib(size / devices), "", ""))
+        rows.append((f"activations, remat {policy}", gib(size * config["parallel"]["mesh"]["pipe"] / devices), "", ""))
     return table(rows, "<>><")
 
 

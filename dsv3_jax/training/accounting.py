@@ -22,7 +22,8 @@ from dsv3_jax.model.moe import block_rows, plan_blocks
 from dsv3_jax.model.transformer import SAVED_NAMES
 from dsv3_jax.parallel.expert import Placement, arriving_pairs, make_hops
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.sharding import places
+from dsv3_jax.parallel.sharding import parameter_name, places
+from dsv3_jax.training.pipeline_step import room_of_rank
 from dsv3_jax.training.schedule import batch_size
 
 FLOAT32_BYTES = 4
@@ -174,25 +175,39 @@ class Memory(NamedTuple):
     note: str
 
 
-def parameters_per_device(config: Config, kind: str) -> int:
-    """Parameters that one device holds, MTP included, by its `master` or its `compute` place (`parallel.sharding`)."""
-    mesh = config.parallel.mesh
+def parameters_per_device(config: Config, kind: str) -> Counter[str]:
+    """Parameters of each section that one device holds, by its `master` or its `compute` place (`parallel.sharding`)."""
+    mesh, held = config.parallel.mesh, Counter[str]()
     abstract = AbstractMesh(tuple(getattr(mesh, axis) for axis in AXES), AXES)
     where = places(parameter_shapes(config.model), abstract)
-    held = jax.tree.map(lambda leaf, at: leaf.size // at.parts(kind, abstract), parameter_shapes(config.model), where)
-    return sum(jax.tree.leaves(held))
+    for (path, leaf), at in zip(jax.tree_util.tree_leaves_with_path(parameter_shapes(config.model)), jax.tree.leaves(where), strict=True):
+        held[parameter_name(path).split("/")[0]] += leaf.size // at.parts(kind, abstract)
+    return held
+
+
+def parameters_at_use(config: Config) -> tuple[int, int]:
+    """Parameters that a device computes with in float32, and those of them that one backward pass has gradients of."""
+    if config.parallel.shard == "parameters":
+        master = parameters_per_device(config, "master").total()
+        return master, master
+    room, whole, held = room_of_rank(config), layers_of(config.model), parameters_per_device(config, "compute")
+    own = sum(held[kind] // whole[kind] * (whole | room.layers)[kind] for kind in ("dense", "moe") if whole[kind])
+    shared = sum(size for section, size in held.items() if section not in ("dense", "moe"))
+    return room.stages * own + shared, own + shared
 
 
 def device_memory(config: Config) -> list[Memory]:
     """What training holds on the devices at its peak, kind by kind: the backward pass of a micro-batch.
 
+    On a pipeline that of a rank with the last stage, which runs the heads and MTP modules; activations over one rank's devices.
     Left out: the logits of one chunk, expert kernels that the reference `grouped_linear` gathers, what XLA
     needs inside one operation, and with `parallel.shard=parameters` the weights gathered for one layer.
     """
     counts, train, moments = count_parameters(config.model), config.train, config.optimizer.moment_dtype
     parameters, accumulates, shard = counts.total + counts.mtp, train.batch_size > train.micro_batch_size, config.parallel.shard
-    devices, master = config.parallel.mesh.batch_devices, parameters_per_device(config, "master")
-    at_use = master if shard == "parameters" else parameters_per_device(config, "compute")
+    devices, master = config.parallel.mesh.batch_devices, parameters_per_device(config, "master").total()
+    at_use, of_pass = parameters_at_use(config)
+    compute = parameters_per_device(config, "compute").total()
     summed = at_use if shard == "optimizer" else master
     cast = cast_bytes(config)
     # The loss makes a gradient of the head for every use of it; the first is the one counted with the parameters.
@@ -205,11 +220,11 @@ def device_memory(config: Config) -> list[Memory]:
         recomputed_bytes(config),
     )
     gradient_note = "float32" + (", of a micro-batch and their sum" if accumulates else "")
-    gradients_held = at_use + (summed if accumulates else 0) + head_gradients
+    gradients_held = of_pass + (summed if accumulates else 0) + head_gradients
     return [
         Memory("master", FLOAT32_BYTES * parameters, FLOAT32_BYTES * master, "float32 parameters, MTP included"),
         Memory("gathered", FLOAT32_BYTES * gathered, FLOAT32_BYTES * at_use if gathered else 0, "float32 copies that a step computes with"),
-        Memory("weights", cast, cast * at_use // parameters if gathered else cast,
+        Memory("weights", cast, cast * compute // parameters if gathered else cast,
                f"{train.compute_dtype} copies, made a layer at a time" if cast else "none: products take the float32 weights"),
         Memory("gradients", FLOAT32_BYTES * gradients, FLOAT32_BYTES * gradients_held, gradient_note),
         Memory("moments", moment_bytes * parameters, moment_bytes * master, f"{moments}, first and second"),
@@ -239,7 +254,7 @@ def activation_bytes(config: Config, remat: str | None = None) -> dict[str, int]
     """Bytes kept for the backward pass of one micro-batch over all devices, by section.
 
     `remat`: another policy than the configuration's. Of the heads' input the gradient is kept, which the loss
-    makes in its forward pass.
+    makes in its forward pass. On a pipeline those of one rank: of the stage that it runs, and what waits for its backward pass.
     """
     model, train = config.model, config.train
     tokens, itemsize = train.micro_batch_size * train.sequence_length, jnp.dtype(train.compute_dtype).itemsize
@@ -249,10 +264,10 @@ def activation_bytes(config: Config, remat: str | None = None) -> dict[str, int]
     extra = {"dense": 0, "moe": 0, "mtp": tokens * d * itemsize}
     layers = {
         section: count * (extra[section] + sum(layer_activations(config, section != "dense", policy).values()))
-        for section, count in layers_of(model).items()
+        for section, count in (layers_of(model) | room_of_rank(config).layers).items()
         if section in extra and count
     }
-    return {**layers, "heads": heads * tokens * d * itemsize}
+    return {**layers, "heads": heads * tokens * d * itemsize, "waiting": room_of_rank(config).slots * tokens * d * itemsize}
 
 
 def recomputed_bytes(config: Config) -> int:

@@ -23,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.loss import Losses, add_losses, head_losses, objective, psum_losses
 from dsv3_jax.model.transformer import Execution, LayerReports, Params, RouterBias, TrunkOutput, embed, scan_blocks, token_context
 from dsv3_jax.parallel.mesh import PIPE_AXIS
 from dsv3_jax.parallel.pipeline import StageOutput, StageParams, run_pipeline
-from dsv3_jax.parallel.schedules import Schedule, Seat, split_layers
+from dsv3_jax.parallel.schedules import Schedule, Seat, make_schedule, split_layers
 from dsv3_jax.parallel.sharding import Place, gather, gather_layers, sum_whole
+from dsv3_jax.parallel.ticks import lower
 
 STACKS = ("dense", "moe")
 
@@ -54,6 +55,25 @@ class Cut:
         most = {kind: max(map(len, stages)) for kind, stages in parts.items()}
         layers = {kind: np.array([s + [0] * (most[kind] - len(s)) for s in stages], np.int32) for kind, stages in parts.items()}
         return cls(layers, {kind: np.array(list(map(len, stages)), np.int32) for kind, stages in parts.items()})
+
+
+class Room(NamedTuple):
+    """What one rank has room for; without a pipeline the whole model once, and nothing that waits."""
+
+    layers: dict[str, int]  # of each stack, in one stage; empty: all
+    stages: int  # held at once: two where the schedule has two directions
+    slots: int  # for inputs of stages, and gradients of their outputs
+
+
+@functools.cache
+def room_of_rank(config: Config) -> Room:
+    """Every stage has room for the most layers of either kind that any has. Raises ConfigError for a pipeline that cannot run."""
+    parallel, train = config.parallel, config.train
+    if parallel.mesh.pipe == 1:
+        return Room({}, 1, 0)
+    schedule = make_schedule(parallel.schedule, parallel.mesh.pipe, train.batch_size // train.micro_batch_size)
+    most = {kind: layers.shape[1] for kind, layers in Cut.of(config.model, schedule.n_stages).layers.items()}
+    return Room(most, len(schedule.directions), sum(lower(schedule).slots.values()))
 
 
 class MicroBatch(NamedTuple):

@@ -10,12 +10,14 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 
-from dsv3_jax.config import Config, ModelConfig, from_config_dict
+from dsv3_jax.config import Config, MeshConfig, ModelConfig, from_config_dict
 from dsv3_jax.model import moe
 from dsv3_jax.model.init import init_router_bias, parameter_shapes
 from dsv3_jax.model.loss import compute_losses, objective, target_counts
 from dsv3_jax.model.moe import block_rows
 from dsv3_jax.model.transformer import Block, Execution, rematerialised, token_context
+from dsv3_jax.parallel.schedules import make_schedule
+from dsv3_jax.parallel.ticks import lower
 from dsv3_jax.training import accounting
 from tests import small
 
@@ -176,3 +178,24 @@ def test_memory_of_each_kind():
     assert items["weights"].per_device == 2 * (attention + 65 * 3 * 2048 * 512 + 4096 * 2048)  # the MTP module, its router is float32
     assert accounting.ema_bytes(config) == 0
     assert accounting.ema_bytes(change(config, train={"ema_decay": 0.9})) == 4 * parameters
+
+
+def test_memory_of_v3_on_a_pipeline():
+    """DualPipe on 16 ranks of 64 devices, twice: 61 layers on 16 stages, of which a rank runs two, each with room for 4 + 3."""
+    mesh, v3 = MeshConfig(pipe=16, data=2, node=8, gpu=8), load("v3_671b")
+    config = change(v3, train={"micro_batch_size": 128, "batch_size": 128 * 40, "remat": "full"}, parallel={"mesh": mesh})
+    parts, items = accounting.parameter_parts(config.model), {item.kind: item for item in accounting.device_memory(config)}
+
+    def layer(section: str) -> int:
+        of_section = [part for part in parts if part.section == section]
+        return sum(part.parameters // part.layers // (64 if part.name == "routed experts" else 1) for part in of_section)
+
+    own, shared = 4 * layer("moe") + 3 * layer("dense"), sum(map(layer, ("embed", "norm", "lm_head", "mtp")))
+    assert items["gathered"].per_device == 4 * (2 * own + shared)
+    assert items["gradients"].per_device == 4 * (2 * own + shared + own + shared + 7168 * 129280)
+    assert items["master"].per_device == pytest.approx(4 * (671.03e9 + 11.61e9) / 2048, rel=1e-2)  # a few small ones are cut less
+    inputs = (4 + 3) + 2 + 2 + (16 + 2 + 2)  # of the layers of one stage, the MTP module and both heads, and of stages that wait
+    gradients = lower(make_schedule("dualpipe", 16, 40)).slots["gradient"]
+    assert items["activations"].per_device == (inputs + gradients) * 4096 * 7168 * 2
+    longer = change(config, train={"batch_size": 128 * 120})
+    assert accounting.device_memory(longer) == accounting.device_memory(config)  # it follows P, not M
