@@ -115,7 +115,7 @@ class _Passes:
     def __init__(self, schedule: Schedule, stage: Stage, params: StageParams, batch: PyTree, add_metrics: Addition):
         self._schedule, self._params, self._batch, self._add_metrics = schedule, params, batch, add_metrics
         # Under jit a pass is traced once, and not again for each branch that has it.
-        self._forward = jax.jit(lambda *inputs: stage(*inputs).y)
+        self._forward = jax.jit(functools.partial(_forward, stage))
         self._backward = {kind: jax.jit(functools.partial(_backward, stage, kind)) for kind in "BIW"}
         self._metrics = lambda *inputs: stage(*inputs).metrics
 
@@ -162,6 +162,11 @@ class _Gradients(NamedTuple):
     dx: Array
     params: tuple[()] | tuple[PyTree, PyTree]
     report: tuple[()] | tuple[Array, PyTree]
+
+
+def _forward(stage: Stage, *inputs: Any) -> Array:
+    """F."""
+    return stage(*inputs).y
 
 
 def _backward(stage: Stage, kind: str, dy: Array, own: PyTree, shared: PyTree, x: Array, micro: PyTree, index: Array) -> _Gradients:
