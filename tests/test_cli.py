@@ -45,6 +45,10 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         ([TINY, "--config.model.n_routed_experts=15"],
          ["config.model.n_routed_experts = 15", "must be a multiple of model.n_group = 4"]),
         ([TINY, "--config.optimizer.peak_lr=-1"], ["config.optimizer.peak_lr = -1.0", "must be above 0"]),
+        ([TINY, "--process_id=0"], ["--process_id = 0", "needs --coordinator --num_processes too"]),
+        ([TINY, "--distributed", "--num_processes=2"], ["--num_processes = 2", "--distributed", "not both"]),
+        ([TINY, "--coordinator=here", "--num_processes=2", "--process_id=0"], ["--coordinator = 'here'", "must be HOST:PORT"]),
+        ([TINY, "--coordinator=here:1", "--num_processes=2", "--process_id=2"], ["--process_id = 2", "must be below --num_processes=2"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--config") else "",
 )  # fmt: skip

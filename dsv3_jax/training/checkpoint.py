@@ -4,6 +4,8 @@ A checkpoint holds four items: `model` (parameters and router bias), `optimizer`
 `ema` when there is one, and `run` (JSON: tokens seen, position in the data). orbax commits a checkpoint
 by renaming it, so a killed run leaves none that is half there. Once one is committed its files' CRC-32
 are noted beside it; on restart a checkpoint that fails them is moved aside and the one before it is used.
+
+Of several processes each writes and reads its part; the main one checks, notes and moves, while the others wait.
 """
 
 import json
@@ -21,6 +23,7 @@ from jaxtyping import PyTree
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.model.transformer import RouterBias
+from dsv3_jax.parallel import processes
 from dsv3_jax.training.metrics import write_json
 from dsv3_jax.training.state import TrainState
 
@@ -41,19 +44,24 @@ class Checkpointer:
     def __init__(self, directory: Path, keep: int):
         self._directory = directory.absolute()
         self._digests = self._directory / "digests"
-        self._digests.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._sealer: threading.Thread | None = None
-        sound = newest_sound_step(self._directory)
-        for step in saved_steps(self._directory):
-            if sound is None or step > sound:
-                self._set_aside(step, f"differs from what was written: {', '.join(damaged_files(self._directory, step)[:3])}")
+        with processes.main_first():
+            if processes.is_main():
+                self._digests.mkdir(parents=True, exist_ok=True)
+                self._set_aside_damaged()
         self._manager = self._open()
         self._refuse_if_all_damaged()
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True)
         return ocp.CheckpointManager(self._directory, options=options)
+
+    def _set_aside_damaged(self) -> None:
+        sound = newest_sound_step(self._directory)
+        for step in saved_steps(self._directory):
+            if sound is None or step > sound:
+                self._set_aside(step, f"differs from what was written: {', '.join(damaged_files(self._directory, step)[:3])}")
 
     def _set_aside(self, step: int, reason: str) -> None:
         target = self._directory / "damaged" / str(step)
@@ -64,7 +72,9 @@ class Checkpointer:
 
     def _refuse_if_all_damaged(self) -> None:
         moved = self._directory / "damaged"
-        if moved.exists() and self._manager.latest_step() is None:
+        with processes.agreed():
+            if not moved.exists() or self._manager.latest_step() is not None:
+                return
             raise ConfigError("--workdir", str(self._directory.parent), f"none of its checkpoints can be read, they are in {moved}; "
                               "put one back, or start again in a new --workdir")  # fmt: skip
 
@@ -74,13 +84,20 @@ class Checkpointer:
         Raises ConfigError when there are checkpoints and none can be read.
         """
         while (step := self._manager.latest_step()) is not None:
+            read, failure = None, None
             try:
-                return self._read(step, abstract, ema_like)
+                read = self._read(step, abstract, ema_like)
             except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file; it is reported, never hidden
-                self._manager.close()
-                self._set_aside(step, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-                self._manager = self._open()
-                self._refuse_if_all_damaged()
+                failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            failures = processes.exchange(failure)
+            if not failures:
+                return read
+            self._manager.close()
+            with processes.main_first():
+                if processes.is_main():
+                    self._set_aside(step, failures[min(failures)])
+            self._manager = self._open()
+            self._refuse_if_all_damaged()
         return None
 
     def _read(self, step: int, abstract: TrainState, ema_like: PyTree | None) -> Restored:
@@ -108,6 +125,8 @@ class Checkpointer:
 
     def _seal(self, step: int) -> None:
         self._manager.wait_until_finished()
+        if not processes.is_main():
+            return
         write_json(self._digests / f"{step}.json", file_digests(self._directory / str(step)))
         for old in self._digests.glob("*.json"):
             if not (self._directory / old.stem).exists():

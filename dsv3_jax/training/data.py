@@ -118,10 +118,20 @@ class TrainLoader:
         by_stream = np.stack([next(self._rows[0]) for _ in range(per_stream)], axis=1)
         return by_stream.reshape(-1, by_stream.shape[-1])
 
+    def next_micro_batches(self, used: int, size: int, most: int) -> Int[np.ndarray, "most local_b t"]:
+        """This process's part of the next `used` micro-batches of `size` rows, filled up with zeros to `most` of them.
+
+        Every stream gives each micro-batch the same number of rows, those of the first stream first. Joined in the order
+        of processes along the second axis, the parts are the same micro-batches for any number of processes.
+        """
+        by_stream = self.next_batch(used * size).reshape(len(self._streams), used, size // self._data.num_shards, -1)
+        rows = by_stream.swapaxes(0, 1).reshape(used, -1, by_stream.shape[-1])
+        return np.concatenate([rows, np.zeros((most - used, *rows.shape[1:]), np.int32)])
+
     def state(self) -> dict[str, Any]:
         """The position as plain JSON data: {"num_shards", "documents", "streams": {stream number: position}}.
 
-        Merging the "streams" of all processes gives a state that any number of processes can `restore`.
+        `merge_states` makes one of those of all processes.
         """
         positions = json.loads(json.dumps(self._rows[0].get_state()["parents"]))
         return self._identity | {"streams": {str(s): position for s, position in zip(self._streams, positions, strict=True)}}
@@ -139,6 +149,11 @@ class TrainLoader:
     def close(self) -> None:
         """Stops the thread; the loader is of no use after that. May be called again, and happens by itself at exit."""
         self._close()
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The position of the whole text from those of all processes, for any number of processes to `restore`."""
+    return {**states[0], "streams": {stream: position for state in states for stream, position in state["streams"].items()}}
 
 
 def _close(rows: list[Any]) -> None:

@@ -76,5 +76,5 @@ def _on_devices(like: jax.ShapeDtypeStruct, parts: Parts) -> Array:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _blend(average: PyTree[Parts], params: PyTree[Parts], decay: float) -> PyTree[Parts]:
+def _blend(average: PyTree[Parts], params: PyTree[Parts], decay: float | Array) -> PyTree[Parts]:
     return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)

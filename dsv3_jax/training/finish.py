@@ -1,5 +1,6 @@
 """The end of a run: a last evaluation, sampled completions, summary and report."""
 
+import logging
 import resource
 import sys
 from pathlib import Path
@@ -9,21 +10,29 @@ import jax
 import numpy as np
 
 from dsv3_jax.inference.decode import generate
+from dsv3_jax.parallel import processes
+from dsv3_jax.training.evaluate import Evaluation
 from dsv3_jax.training.metrics import read_jsonl, write_json
 from dsv3_jax.training.trainer import Trainer
 from dsv3_jax.training.workdir import CHECKPOINT_DIR, SAMPLES_FILE, SUMMARY_FILE
+
+_log = logging.getLogger(__name__)
 
 _SAMPLES = 3
 _SAMPLE_TOKENS = 64  # of the prompt, and of its continuation
 
 
 def finish_run(trainer: Trainer, command: str) -> None:
-    """Writes samples.json, summary.json and report.html, and prints the summary."""
+    """Writes samples.json, summary.json and report.html, and prints the summary. Processes evaluate together, main does the rest."""
     from dsv3_jax.training.report import write_report  # matplotlib takes seconds to load, and only a finished run needs it
 
-    print("evaluating, sampling and writing the report ...", flush=True)
-    write_json(trainer.workdir / SAMPLES_FILE, sample_completions(trainer))
-    summary = summarise(trainer, command)
+    processes.say("evaluating, sampling and writing the report ...")
+    samples = sample_completions(trainer)
+    evaluation, average = trainer.evaluate(), trainer.evaluate(use_ema=True) if trainer.ema else None
+    if not processes.is_main():
+        return
+    write_json(trainer.workdir / SAMPLES_FILE, samples)
+    summary = summarise(trainer, command, evaluation, average)
     write_json(trainer.workdir / SUMMARY_FILE, summary)
     print_summary(summary, trainer.workdir, write_report(trainer.workdir))
 
@@ -37,7 +46,13 @@ def sample_completions(trainer: Trainer) -> list[dict[str, str]]:
         return []
     starts = [len(ids) // 2 for _, ids in chosen]
     prompts = [ids[s : s + length] for (_, ids), s in zip(chosen, starts, strict=True)]
-    params, bias = jax.device_put((trainer.state.params, trainer.state.router_bias), jax.local_devices()[0])  # generate runs on one device
+    model = (trainer.state.params, trainer.state.router_bias)
+    if not processes.fits_one_device(model, trainer.mesh):
+        _log.warning("no samples: generation runs on one device, and the whole parameters take more than half of its memory")
+        return []
+    if (gathered := processes.whole_on_main(model, trainer.mesh)) is None:
+        return []
+    params, bias = gathered
     steps = generate(
         params, bias, prompts, trainer.config.model, trainer.execution,
         max_new_tokens=length, temperature=0.7, top_p=0.9, key=jax.random.key(trainer.config.train.seed),
@@ -60,9 +75,8 @@ def _spread(count: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, 24))})
 
 
-def summarise(trainer: Trainer, command: str) -> dict[str, Any]:
-    """The figures of a finished run."""
-    evaluation = trainer.evaluate()
+def summarise(trainer: Trainer, command: str, evaluation: Evaluation, average: Evaluation | None) -> dict[str, Any]:
+    """The figures of a finished run; `average`: the evaluation of its moving average."""
     rates = [row["tokens_per_second"] for row in read_jsonl(trainer.workdir / "metrics.jsonl")]
     summary = {
         "val_loss": evaluation.loss,
@@ -78,8 +92,8 @@ def summarise(trainer: Trainer, command: str) -> dict[str, Any]:
         "command": command,
         "continue_command": f"{_without_steps(command)} --config.train.steps={2 * trainer.progress.step}",
     }
-    if trainer.ema:
-        summary["ema_val_loss"] = trainer.evaluate(use_ema=True).loss
+    if average:
+        summary["ema_val_loss"] = average.loss
     return summary
 
 

@@ -7,10 +7,14 @@ run read as if it had never stopped.
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
+
+import jax
 
 from dsv3_jax.config import Config
+from dsv3_jax.parallel import processes
 from dsv3_jax.training.finish import finish_run
 from dsv3_jax.training.metrics import MetricsWriter
 from dsv3_jax.training.reporting import Reporter
@@ -29,32 +33,45 @@ def pretrain(config: Config, workdir: Path, command: str) -> int:
 
 
 def _run(trainer: Trainer, workdir: Path, command: str, stop: "StopSignal") -> int:
-    steps = trainer.config.train.steps
-    if trainer.progress.step >= steps and (workdir / SUMMARY_FILE).exists():
-        print(f"{workdir} is done: {trainer.progress.step} steps. To go on, add --config.train.steps={2 * trainer.progress.step}")
+    steps, say = trainer.config.train.steps, processes.say
+    if trainer.progress.step >= steps and processes.main_says((workdir / SUMMARY_FILE).exists()):
+        say(f"{workdir} is done: {trainer.progress.step} steps. To go on, add --config.train.steps={2 * trainer.progress.step}")
         return 0
-    skipped = _train(trainer, stop)
-    if skipped >= trainer.config.train.max_skipped_steps:
+    end = _train(trainer, stop)
+    if end.skipped >= trainer.config.train.max_skipped_steps:
         saved = workdir / CHECKPOINT_DIR / str(trainer.progress.step)
-        print(f"stopped: {skipped} steps in a row had a loss or gradient that is not finite. The state before them is saved in {saved}")
+        say(f"stopped: {end.skipped} steps in a row had a loss or gradient that is not finite. The state before them is saved in {saved}")
         return 1
-    if stop.received:
-        print(f"stopped by a signal after step {trainer.progress.step}, saved. The same command continues: {command}")
+    if end.stopped:
+        say(f"stopped by a signal after step {trainer.progress.step}, saved. The same command continues: {command}")
         return 0
     finish_run(trainer, command)
     return 0
 
 
-def _train(trainer: Trainer, stop: "StopSignal") -> int:
-    """Runs steps until the last one, a signal, or too many skipped ones, and saves; returns how many were skipped last, in a row."""
+class End(NamedTuple):
+    """Why steps ended; the same on all processes."""
+
+    skipped: int  # last steps, in a row
+    stopped: bool  # by a signal
+
+
+def _train(trainer: Trainer, stop: "StopSignal") -> End:
+    """Runs steps until the last one, a signal, or too many skipped ones, and saves."""
     train, every = trainer.config.train, trainer.config.checkpoint.every
     if trainer.progress.step >= train.steps:
-        return 0
-    print("compiling the train step ...", flush=True)
+        return End(0, stopped=False)
+    with processes.agreed():
+        writer = MetricsWriter(trainer.workdir, trainer.progress.step) if processes.is_main() else None
+    processes.say("compiling the train step ...")
     trainer.compile()
-    with MetricsWriter(trainer.workdir, trainer.progress.step) as writer, Reporter(trainer, writer) as reporter:
-        while trainer.progress.step < train.steps and not stop.received and reporter.skipped_in_a_row < train.max_skipped_steps:
-            reported = trainer.advance()
+    with writer or nullcontext(), Reporter(trainer, writer) as reporter:
+
+        def stopped() -> bool:
+            return reporter.stopped if jax.process_count() > 1 else stop.received
+
+        while trainer.progress.step < train.steps and not stopped() and reporter.skipped_in_a_row < train.max_skipped_steps:
+            reported = trainer.advance(stop.received)
             due = reported.step % train.eval_every == 0 or reported.step == train.steps
             reporter.take(reported, trainer.evaluate if due else None)
             if reported.step % every == 0:
@@ -63,7 +80,7 @@ def _train(trainer: Trainer, stop: "StopSignal") -> int:
                 reporter.restart_clock()
         reporter.flush()
         trainer.save()
-    return reporter.skipped_in_a_row
+        return End(reporter.skipped_in_a_row, stopped())
 
 
 class StopSignal:

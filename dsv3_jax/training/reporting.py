@@ -20,17 +20,18 @@ _LOAD_ROWS = 160
 
 
 class Reporter:
-    """Writes finished steps to the metrics files and the progress bar."""
+    """Writes finished steps to the metrics files and the progress bar; without a writer it follows a run that another process reports."""
 
-    def __init__(self, trainer: Trainer, writer: MetricsWriter):
+    def __init__(self, trainer: Trainer, writer: MetricsWriter | None):
         self.trainer, self.writer = trainer, writer
         config = trainer.config
         steps = config.train.steps
-        self.bar = tqdm(total=steps, initial=trainer.progress.step, unit="step", dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=trainer.progress.step, unit="step", dynamic_ncols=True, disable=writer is None)
         self.load_every = max(1, steps // _LOAD_ROWS)
         self.since = time.perf_counter()
         self.pending: Reported | None = None
         self.skipped_in_a_row = 0
+        self.stopped = False  # whether a process had been told to stop when the last reported step was dispatched
 
     def __enter__(self) -> "Reporter":
         return self
@@ -50,6 +51,7 @@ class Reporter:
         if self.pending is None:
             return
         step, plan, metrics = self.pending.step, self.pending.plan, jax.device_get(self.pending.metrics)
+        self.stopped = bool(self.pending.stop)
         self.pending = None
         row = self._row(step, plan, metrics)
         if evaluate is not None:
@@ -57,11 +59,12 @@ class Reporter:
             self.restart_clock()
             row |= {"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}
             row |= {} if evaluation.mtp_accuracy is None else {"val_mtp_accuracy": evaluation.mtp_accuracy}
-        self.writer.write(row)
-        self._write_load(step, metrics)
+        self.skipped_in_a_row = int(metrics.skipped_in_a_row)
+        if self.writer:
+            self.writer.write(row)
+            self._write_load(self.writer, step, metrics)
         self.bar.update()
         self.bar.set_postfix_str(_postfix(row))
-        self.skipped_in_a_row = int(metrics.skipped_in_a_row)
 
     def _row(self, step: int, plan: StepPlan, metrics: StepMetrics) -> dict[str, Any]:
         now = time.perf_counter()
@@ -85,10 +88,10 @@ class Reporter:
             row["max_vio"] = float(max_vio(np.stack(load)).mean())
         return row
 
-    def _write_load(self, step: int, metrics: StepMetrics) -> None:
+    def _write_load(self, writer: MetricsWriter, step: int, metrics: StepMetrics) -> None:
         load = _load_shares(metrics)
         if load and (step % self.load_every == 0 or step == 1):
-            self.writer.write_load(step, np.stack(load), layer_names(self.trainer.config))
+            writer.write_load(step, np.stack(load), layer_names(self.trainer.config))
 
     def restart_clock(self) -> None:
         """Keeps what is no training (compilation, evaluation, saving) out of tokens/s."""

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import Execution
+from dsv3_jax.parallel import processes
 from dsv3_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
 from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.training.checkpoint import Checkpointer, abstract_like
 from dsv3_jax.training.corpus import open_corpus
-from dsv3_jax.training.data import TrainLoader, validation_rows
+from dsv3_jax.training.data import TrainLoader, merge_states, validation_rows
 from dsv3_jax.training.ema import HostEMA, host_sharding
 from dsv3_jax.training.evaluate import Evaluation, evaluate
 from dsv3_jax.training.initial import check_initial, load_initial, with_tokenizer_of
@@ -50,20 +52,22 @@ class Reported:
     step: int
     plan: StepPlan
     metrics: StepMetrics
+    stop: bool | Bool[Array, ""]  # whether a process was told to stop before it
 
 
 class Trainer:
     """The pieces of a run, put together once; `train` drives them."""
 
     def __init__(self, config: Config, workdir: Path):
-        self.config, self.workdir = config, workdir
-        self.mesh = make_mesh(config.parallel.mesh)
-        config = self.config = with_tokenizer_of(config)
-        self.corpus = open_corpus(config.data)
-        check_continues(workdir, config)
-        if config.init_from:
-            check_initial(config)
-        with new_workdir(workdir, config):
+        self.workdir = workdir
+        with processes.agreed():
+            self.mesh = make_mesh(config.parallel.mesh)
+            config = self.config = with_tokenizer_of(config)
+            self.corpus = open_corpus(config.data)
+            check_continues(workdir, config)
+            if config.init_from:
+                check_initial(config)
+        with new_workdir(workdir, config), processes.main_first():
             self._open_text()
         self.optimizer = make_optimizer(config.optimizer)
         self.micro_batches = config.train.batch_size // config.train.micro_batch_size
@@ -80,7 +84,8 @@ class Trainer:
         self.execution = Execution.of(self.config, self.vocabulary.eos_id)
         most = self.config.train.eval_sequences
         self.eval_rows = validation_rows(self.corpus.valid, self.tokenizer, self.vocabulary, length, most)
-        self.loader = TrainLoader(self.corpus.train, self.tokenizer, self.vocabulary, data, length)
+        part = processes.feeding(self.mesh)
+        self.loader = TrainLoader(self.corpus.train, self.tokenizer, self.vocabulary, data, length, *part)
 
     def _build_steps(self) -> None:
         config, shared = self.config, replicated(self.mesh)
@@ -93,7 +98,8 @@ class Trainer:
         abstract = abstract_like(jax.eval_shape(self.create), self.shardings)
         self.checkpointer = Checkpointer(self.workdir / CHECKPOINT_DIR, config.checkpoint.keep)
         has_ema = config.train.ema_decay > 0
-        restored = self.checkpointer.restore(abstract, abstract_like(abstract.params, host_sharding()) if has_ema else None)
+        average_like = abstract.params if jax.process_count() > 1 else abstract_like(abstract.params, host_sharding())
+        restored = self.checkpointer.restore(abstract, average_like if has_ema else None)
         self.progress = Progress()
         if restored is None:
             self.state: TrainState = jax.jit(self.create, out_shardings=self.shardings)()
@@ -121,18 +127,16 @@ class Trainer:
     def next_rows(self, sequences: int) -> jax.Array:
         """Rows of the next batch as [micro, b, T + 1]; micro-batches that the ramp does not use yet are zeros."""
         micro = self.config.train.micro_batch_size
-        rows = np.zeros((self.micro_batches, micro, self.config.train.sequence_length + 1), np.int32)
-        used = sequences // micro
-        rows[:used] = self.loader.next_batch(sequences).reshape(used, micro, -1)
-        return jax.device_put(rows, batch_sharding(self.mesh))
+        mine = self.loader.next_micro_batches(sequences // micro, micro, self.micro_batches)
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), mine, (len(mine), micro, mine.shape[-1]))
 
-    def advance(self) -> Reported:
-        """Dispatches one step."""
+    def advance(self, stop: bool = False) -> Reported:
+        """Dispatches one step; `stop`: this process is told to stop, which all learn from what is returned."""
         plan = plan_step(self.progress.tokens, self.config)
         micro = plan.batch_size // self.config.train.micro_batch_size
         numbers = (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)
-        micro, *rates = jax.device_put((np.int32(micro), *map(np.float32, numbers)), replicated(self.mesh))
-        rows = self.next_rows(plan.batch_size)
+        micro, *rates = processes.put((np.int32(micro), *map(np.float32, numbers)), replicated(self.mesh))
+        rows, stop_any = self.next_rows(plan.batch_size), processes.any_process(stop, self.mesh)
 
         def step() -> StepMetrics:
             self.state, metrics = self.train_step(self.state, rows, micro, Rates(*rates))
@@ -142,13 +146,13 @@ class Trainer:
         self.progress.step, self.progress.tokens = self.progress.step + 1, plan.tokens
         if self.ema:
             self.ema.submit(self.state.params)
-        return Reported(self.progress.step, plan, metrics)
+        return Reported(self.progress.step, plan, metrics, stop_any)
 
     def evaluate(self, use_ema: bool = False) -> Evaluation:
         """The model as it stands, or its moving average, on the validation rows."""
         average = self.ema.average if use_ema and self.ema else None
         params = self.state.params if average is None else jax.device_put(average, self.shardings.params)
-        place = lambda rows: jax.device_put(rows, NamedSharding(self.mesh, P(BATCH_AXES)))  # noqa: E731
+        place = lambda rows: processes.put(rows, NamedSharding(self.mesh, P(BATCH_AXES)))  # noqa: E731
         batch, lengths = self.config.train.micro_batch_size, self.vocabulary.byte_lengths
         step = lambda *arguments: self._until_it_fits(lambda: self.eval_step(*arguments))  # noqa: E731
         return evaluate(
@@ -169,7 +173,8 @@ class Trainer:
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""
-        run = {"progress": dataclasses.asdict(self.progress), "data": self.loader.state()}
+        states = processes.collect(self.loader.state())
+        run = {"progress": dataclasses.asdict(self.progress), "data": merge_states(states) if states else {}}  # main's is written
         self.checkpointer.save(self.progress.step, self.state, self.ema.average if self.ema else None, run)
 
     def close(self) -> None:

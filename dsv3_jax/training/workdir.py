@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import Config, ConfigError, from_dict, to_dict
+from dsv3_jax.parallel.processes import is_main
 from dsv3_jax.training.metrics import write_json
 
 CONFIG_FILE = "config.json"
@@ -44,13 +45,19 @@ def check_continues(workdir: Path, config: Config) -> None:
 
 @contextmanager
 def new_workdir(workdir: Path, config: Config) -> Iterator[None]:
-    """Creates the workdir and writes the configuration into it; a ConfigError within takes both away again if they are new."""
+    """Creates the workdir and writes the configuration into it; an error of the user within takes both away again if they are new.
+
+    The work of the main process, before others look at the workdir.
+    """
+    if not is_main():
+        yield
+        return
     is_new, made = not (workdir / CONFIG_FILE).exists(), not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / CONFIG_FILE, to_dict(config))
     try:
         yield
-    except ConfigError:
+    except (ConfigError, SystemExit):  # SystemExit: another process found it
         if is_new:
             for name in (CONFIG_FILE, TOKENIZER_FILE):
                 (workdir / name).unlink(missing_ok=True)

@@ -113,8 +113,7 @@ def train(config: Config, text: Text, name: str) -> tuple[TrainState, Float[np.n
     for _ in trange(run.steps, desc=name, unit="step", disable=None):
         plan = plan_step(tokens, config)
         used, tokens = plan.batch_size // run.micro_batch_size, plan.tokens
-        rows = np.zeros((most, run.micro_batch_size, run.sequence_length + 1), np.int32)
-        rows[:used] = loader.next_batch(plan.batch_size).reshape(used, run.micro_batch_size, -1)
+        rows = loader.next_micro_batches(used, run.micro_batch_size, most)
         rates = Rates(*(jnp.float32(x) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
         state, metrics = step(state, jnp.asarray(rows), jnp.int32(used), rates)
         losses.append(metrics.main.nll / metrics.main.tokens)  # stays on the device: the host does not wait for the step

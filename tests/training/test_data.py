@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from dsv3_jax.config import ConfigError, DataConfig
 from dsv3_jax.training import data as module
-from dsv3_jax.training.data import TrainLoader, arrange_fim, cut_for_fim, encode_document, split_boundaries, validation_rows
+from dsv3_jax.training.data import TrainLoader, arrange_fim, cut_for_fim, encode_document, merge_states, split_boundaries, validation_rows
 from dsv3_jax.training.tokenizer import Vocabulary, encode
 
 LENGTH = 32
@@ -141,6 +141,15 @@ def test_batches_do_not_depend_on_the_number_of_processes(make_loader, processes
         np.testing.assert_array_equal(np.concatenate([part.next_batch(rows) for part in parts]), alone.next_batch(rows))
 
 
+def test_micro_batches_do_not_depend_on_the_number_of_processes(make_loader) -> None:
+    alone, rows = make_loader().next_micro_batches(2, 8, 3), make_loader().next_batch(16)
+    parts = [make_loader(process_index=i, process_count=2).next_micro_batches(2, 8, 3) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), alone)
+    assert alone.shape == (3, 8, LENGTH + 1) and not alone[2].any()
+    of_stream = rows.reshape(4, 2, 2, -1)  # stream, micro-batch, row
+    np.testing.assert_array_equal(alone[:2], of_stream.swapaxes(0, 1).reshape(2, 8, -1))
+
+
 def test_rows_of_a_stream_do_not_depend_on_how_they_are_batched(make_loader) -> None:
     at_once, in_parts = make_loader(), make_loader()
     whole = at_once.next_batch(24).reshape(4, 6, -1)
@@ -177,9 +186,8 @@ def test_another_number_of_processes_continues_from_the_merged_state(make_loader
     parts = [make_loader(process_index=i, process_count=2) for i in range(2)]
     for part in parts:
         part.next_batch(20)
-    merged = parts[0].state() | {"streams": parts[0].state()["streams"] | parts[1].state()["streams"]}
     alone = make_loader()
-    alone.restore(merged)
+    alone.restore(merge_states([part.state() for part in parts]))
     np.testing.assert_array_equal(alone.next_batch(8), np.concatenate([part.next_batch(8) for part in parts]))
 
 
