@@ -23,6 +23,9 @@ from dsv3_jax.model.transformer import SAVED_NAMES
 from dsv3_jax.parallel.expert import Placement, arriving_pairs, make_hops
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.sharding import parameter_name, places
+from dsv3_jax.precision.formats import E4M3, E5M6, Format
+from dsv3_jax.precision.policy import TILES
+from dsv3_jax.precision.quantize import quantize
 from dsv3_jax.training.pipeline_step import room_of_rank
 from dsv3_jax.training.schedule import batch_size
 
@@ -209,7 +212,7 @@ def device_memory(config: Config) -> list[Memory]:
     at_use, of_pass = parameters_at_use(config)
     compute = parameters_per_device(config, "compute").total()
     summed = at_use if shard == "optimizer" else master
-    cast = cast_bytes(config)
+    cast, cast_to = cast_bytes(config), "E4M3" if config.precision.policy == "fp8" else train.compute_dtype
     # The loss makes a gradient of the head for every use of it; the first is the one counted with the parameters.
     head_gradients = config.model.num_nextn_predict_layers * config.model.hidden_size * config.model.vocab_size
     gradients = (2 if accumulates else 1) * parameters + head_gradients
@@ -225,7 +228,7 @@ def device_memory(config: Config) -> list[Memory]:
         Memory("master", FLOAT32_BYTES * parameters, FLOAT32_BYTES * master, "float32 parameters, MTP included"),
         Memory("gathered", FLOAT32_BYTES * gathered, FLOAT32_BYTES * at_use if gathered else 0, "float32 copies that a step computes with"),
         Memory("weights", cast, cast * compute // parameters if gathered else cast,
-               f"{train.compute_dtype} copies, made a layer at a time" if cast else "none: products take the float32 weights"),
+               f"{cast_to} copies, made a layer at a time" if cast else "none: products take the float32 weights"),
         Memory("gradients", FLOAT32_BYTES * gradients, FLOAT32_BYTES * gradients_held, gradient_note),
         Memory("moments", moment_bytes * parameters, moment_bytes * master, f"{moments}, first and second"),
         Memory("activations", activations, -(-activations // devices), f"kept for the backward pass, remat {train.remat}"),
@@ -240,14 +243,18 @@ def ema_bytes(config: Config) -> int:
 
 
 def cast_bytes(config: Config) -> int:
-    """Kernels in the compute dtype, most at one time: a layer's, without the router, or the head. 0 when it is float32."""
-    if config.train.compute_dtype == "float32":
-        return 0
+    """Kernels as products take them, most at one time: a layer's, without the router, or the head.
+
+    0 for those that are float32 there too. The scales of FP8 kernels, 4 bytes a block of 128x128, are left out.
+    """
+    wide = 0 if config.train.compute_dtype == "float32" else jnp.dtype(config.train.compute_dtype).itemsize
+    narrow = 1 if config.precision.policy == "fp8" else wide
     sizes: Counter[str] = Counter()
     for part in parameter_parts(config.model):
         if part.name not in ("embedding", "norms", "router"):
-            sizes[part.section] += part.parameters // part.layers
-    return jnp.dtype(config.train.compute_dtype).itemsize * max(*sizes.values(), config.model.hidden_size * config.model.vocab_size)
+            itemsize = wide if part.name in ("input projection", "output head") else narrow
+            sizes[part.section] += part.parameters // part.layers * itemsize
+    return max(*sizes.values(), config.model.hidden_size * config.model.vocab_size * wide)
 
 
 def activation_bytes(config: Config, remat: str | None = None) -> dict[str, int]:
@@ -298,38 +305,54 @@ def layer_activations(config: Config, is_moe: bool, remat: str) -> dict[str, int
 def saved_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dict[str, int]:
     """Bytes of each of `SAVED_NAMES` in one layer."""
     m = config.model
-    elements = {
-        "q_latent": tokens * (m.q_lora_rank or 0),
-        "kv_latent": tokens * (m.kv_lora_rank + m.qk_rope_head_dim),
-        "attention_out": tokens * m.num_attention_heads * m.v_head_dim,
-        "attention_residual": tokens * m.hidden_size,
-        "swiglu_in": 2 * _ffn_elements(config, is_moe, tokens),
+    sizes = {
+        "q_latent": tokens * (m.q_lora_rank or 0) * itemsize,
+        "kv_latent": tokens * (m.kv_lora_rank + m.qk_rope_head_dim) * itemsize,
+        "attention_out": product_input_bytes(config, tokens, m.num_attention_heads * m.v_head_dim, E5M6),
+        "attention_residual": tokens * m.hidden_size * itemsize,
+        "swiglu_in": sum(product_input_bytes(config, rows, 2 * width) for rows, width in _ffns(config, is_moe, tokens)),
+        "routing": tokens * m.num_experts_per_tok * 4 if is_moe else 0,
     }
-    indices = tokens * m.num_experts_per_tok * 4 if is_moe else 0
-    sizes = {name: count * itemsize for name, count in elements.items()} | {"routing": indices}
     return {name: sizes[name] for name in SAVED_NAMES}
 
 
-def _ffn_elements(config: Config, is_moe: bool, tokens: int) -> int:
-    """Numbers in the inner activation of a layer's SwiGLUs."""
+@functools.cache
+def product_input_bytes(config: Config, rows: int, width: int, stored: Format = E4M3) -> int:
+    """Bytes that the backward pass keeps of what goes into a product: in FP8 its values in `stored`, and their scales."""
+    x = jax.ShapeDtypeStruct((rows, width), config.train.compute_dtype)
+    tile = TILES[config.precision.activation_tile]
+    parts = jax.eval_shape(lambda x: jax.tree.leaves(quantize(x, tile, stored)), x) if config.precision.policy == "fp8" else [x]
+    return sum(part.size * part.dtype.itemsize for part in parts)
+
+
+def _ffns(config: Config, is_moe: bool, tokens: int) -> list[tuple[int, int]]:
+    """Rows and inner width of each SwiGLU of a layer."""
     model = config.model
     if not is_moe:
-        return model.intermediate_size * tokens
-    return model.moe_intermediate_size * (buffer_rows(config, tokens) + model.n_shared_experts * tokens)
+        return [(tokens, model.intermediate_size)]
+    routed, shared = (buffer_rows(config, tokens), model.moe_intermediate_size), model.n_shared_experts * model.moe_intermediate_size
+    return [routed, (tokens, shared)] if shared else [routed]
 
 
 def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dict[str, int]:
-    """What remat="none" keeps beside `saved_bytes`; a norm keeps float32 copies before and after its scale is applied."""
-    m = config.model
-    copies = FLOAT32_BYTES * (1 if itemsize == FLOAT32_BYTES else 2) + itemsize
+    """What remat="none" keeps beside `saved_bytes`; a norm keeps float32 copies before and after its scale is applied.
+
+    What a norm returns is kept once, by the products that take it; in FP8 each of them keeps it quantized.
+    """
+    m, in_fp8 = config.model, config.precision.policy == "fp8"
+    copies = FLOAT32_BYTES * (1 if itemsize == FLOAT32_BYTES else 2) + (0 if in_fp8 else itemsize)
     heads = m.num_attention_heads
     fused = resolve_implementation(config.precision.impl, "gpu", config.train.compute_dtype) == "cudnn"
     per_score = 0 if fused else 2 * FLOAT32_BYTES + itemsize + 1
+    of_norms = [m.hidden_size] * 2 + [m.kv_lora_rank] + ([m.q_lora_rank] if m.q_lora_rank else [])
+    of_norms += [m.hidden_size] if not is_moe or m.n_shared_experts else []
     return {
         "norms": tokens * copies * (2 * m.hidden_size + (m.q_lora_rank or 0) + m.kv_lora_rank),
         "queries_keys_values": tokens * heads * (2 * m.qk_head_dim + m.v_head_dim) * itemsize,
         "attention_scores": tokens * heads * (config.train.sequence_length * per_score + 2 * FLOAT32_BYTES),
-        "expert_inputs": buffer_rows(config, tokens) * m.hidden_size * itemsize if is_moe else 0,
+        "expert_inputs": product_input_bytes(config, buffer_rows(config, tokens), m.hidden_size) if is_moe else 0,
+        "quantized_inputs": sum(product_input_bytes(config, tokens, width) for width in of_norms) if in_fp8 else 0,
+        "router_input": FLOAT32_BYTES * tokens * m.hidden_size if is_moe and in_fp8 else 0,
     }
 
 

@@ -18,6 +18,8 @@ from dsv3_jax.model.moe import block_rows
 from dsv3_jax.model.transformer import Block, Execution, rematerialised, token_context
 from dsv3_jax.parallel.schedules import make_schedule
 from dsv3_jax.parallel.ticks import lower
+from dsv3_jax.precision.formats import E5M6
+from dsv3_jax.precision.policy import Recipe
 from dsv3_jax.training import accounting
 from tests import small
 
@@ -117,7 +119,8 @@ def test_cache_of_v3():
 def kept_by_autodiff(config: Config, is_moe: bool) -> int:
     """Bytes that depend on the input of a layer among the residuals of its traced `vjp`."""
     model, train = config.model, config.train
-    shape, execution = (train.micro_batch_size, train.sequence_length), Execution(train.compute_dtype, "reference", train.remat)
+    shape = (train.micro_batch_size, train.sequence_length)
+    execution = Execution(train.compute_dtype, "reference", train.remat, recipe=Recipe.of(config.precision))
     context = token_context(jnp.zeros(shape, jnp.int32), execution)
     stack = parameter_shapes(model)["moe" if is_moe else "dense"]
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
@@ -133,15 +136,31 @@ def kept_by_autodiff(config: Config, is_moe: bool) -> int:
     return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
 
 
+@pytest.mark.parametrize("policy", ["bf16", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_moe", [False, True])
 @pytest.mark.parametrize(("remat", "tolerance"), [("none", 0.1), ("selective", 0.0), ("full", 0.0)])
-def test_activations_of_a_layer_against_autodiff(dtype: str, is_moe: bool, remat: str, tolerance: float, monkeypatch: pytest.MonkeyPatch):
+def test_activations_of_a_layer_against_autodiff(
+    policy: str, dtype: str, is_moe: bool, remat: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(moe, "block_rows", lambda pairs, experts, backend: block_rows(pairs, experts, "gpu"))  # what is counted is a GPU's
     train = {"compute_dtype": dtype, "remat": remat, "micro_batch_size": 2, "sequence_length": 128}
-    config = change(load("tiny"), train=train, precision={"impl": "reference"})
+    config = change(load("tiny"), train=train, precision={"impl": "reference", "policy": policy})
     predicted = sum(accounting.layer_activations(config, is_moe, remat).values())
     assert predicted == pytest.approx(kept_by_autodiff(config, is_moe), rel=tolerance)
+
+
+def test_fp8_keeps_half_of_what_bfloat16_keeps_and_casts_kernels_to_one_byte():
+    plain = load("h200")
+    fp8 = change(plain, precision={"policy": "fp8"})
+    of_rows = accounting.product_input_bytes
+    assert (of_rows(plain, 256, 200), of_rows(fp8, 256, 200), of_rows(fp8, 256, 200, E5M6)) == (102400, 53248, 104448)
+    blocks = change(fp8, precision={"activation_tile": "128x128"})
+    assert of_rows(blocks, 256, 200) == 256 * 200 + 4 * 4
+    held, held_fp8 = ({item.kind: item for item in accounting.device_memory(config)} for config in (plain, fp8))
+    joined = 4096 * 2048  # eh_proj stays in bfloat16
+    assert held_fp8["weights"].whole == (held["weights"].whole - 2 * joined) // 2 + 2 * joined
+    assert "E4M3" in held_fp8["weights"].note
 
 
 def test_peak_memory_against_xla():
