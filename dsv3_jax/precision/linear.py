@@ -36,7 +36,9 @@ BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
 
 def linear(x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR) -> Float[Array, "*b n"]:
     """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum)."""
-    return _product(_rows(x), kernel, None, recipe, role).reshape(*x.shape[:-1], kernel.shape[1])
+    rows = _rows(x)
+    y = _product(rows, kernel, None, recipe, role)
+    return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def grouped_linear(
@@ -53,7 +55,7 @@ def grouped_linear(
     first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
     costs as many times more as there are experts. In FP8 the tiles of Wgrad along rows start with each block.
     """
-    return _product(x, kernel, block_expert, recipe, role)
+    return _tapped(x, kernel, block_expert, recipe, role, _product(x, kernel, block_expert, recipe, role))
 
 
 def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
@@ -65,7 +67,7 @@ def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
 def swiglu_linear(hidden: Float[Array, "*b two_f"], kernel: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
     """`swiglu(hidden) @ kernel`; the backward pass keeps `hidden` (in FP8: quantized) and computes the activation again."""
     ones = jnp.ones((), hidden.dtype)
-    return _swiglu_product(_rows(hidden), ones, kernel, None, recipe, LINEAR).reshape(*hidden.shape[:-1], kernel.shape[1])
+    return _activated_product(_rows(hidden), ones, kernel, None, recipe, LINEAR).reshape(*hidden.shape[:-1], kernel.shape[1])
 
 
 def grouped_swiglu_linear(
@@ -76,7 +78,7 @@ def grouped_swiglu_linear(
     recipe: Recipe = BF16,
 ) -> Float[Array, "blocks rows n"]:
     """`(gates * swiglu(hidden)) @ kernel[block_expert]`: the down-projection of routed experts."""
-    return _swiglu_product(hidden, gates.astype(hidden.dtype), kernel, block_expert, recipe, EXPERT_DOWN)
+    return _activated_product(hidden, gates.astype(hidden.dtype), kernel, block_expert, recipe, EXPERT_DOWN)
 
 
 def ffn(x: Float[Array, "*b d"], up: Float[Array, "d two_f"], down: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
@@ -127,6 +129,15 @@ def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tupl
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+
+
+def _activated_product(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+    y = _swiglu_product(hidden, gates, kernel, block_expert, recipe, role)
+    return y if recipe.tap is None else _tapped(_activated(hidden, gates, recipe), kernel, block_expert, recipe, role, y)
+
+
+def _tapped(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role, y: Array) -> Array:
+    return y if recipe.tap is None else recipe.tap(x, kernel, block_expert, role, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -189,7 +200,7 @@ def _on_kernels(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: in
     """Whether the kernels for Hopper run this product: where they cannot, `impl="pallas"` is refused and "auto" says so."""
     if not use_pallas(recipe.impl):
         return False
-    reason = hopper.unsupported(recipe, x, tuple(widths), ffn_width, rows)
+    reason = "a tap sees the products one by one" if recipe.tap else hopper.unsupported(recipe, x, tuple(widths), ffn_width, rows)
     if reason is None:
         return True
     if recipe.impl == "pallas":

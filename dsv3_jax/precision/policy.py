@@ -17,6 +17,9 @@
 """
 
 import dataclasses
+from collections.abc import Callable
+
+from jaxtyping import Array
 
 from dsv3_jax.config import PrecisionConfig
 from dsv3_jax.precision.formats import E4M3, E5M6, Format
@@ -46,6 +49,10 @@ EXPERT_UP = Role(input_power_of_two=True)
 EXPERT_DOWN = Role(gradient_power_of_two=True)
 
 
+# Sees a product: x, kernel, expert of each block (None: one kernel for all rows), role and y; returns y.
+Tap = Callable[[Array, Array, Array | None, Role, Array], Array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How the products of linear layers are computed; hashable, so that it can be static under jit."""
@@ -55,6 +62,7 @@ class Recipe:
     gradient_tile: Tile = TILES["1x128"]
     weight_tile: Tile = TILES["128x128"]
     impl: str = "auto"  # "pallas": the kernels for Hopper; "reference": plain JAX; "auto": the kernels where they can run
+    tap: Tap | None = None  # for studies: sees every product as it is traced, x as it is before it is quantized
 
     @property
     def sends_inputs(self) -> bool:

@@ -2,61 +2,65 @@
 
     uv run -m experiments.ablations.quant_granularity --config=configs/tiny.py --workdir=runs/granularity
 
-Trains each variant from the same seed on the same text. Then, at the weights of the run without FP8 and on one
-batch, compares the gradient of every kernel with the one without FP8, layer by layer. Published: scaling activation
-gradients per 128x128 block diverged (16B parameters, 300B tokens); Dgrad is the sensitive product.
+Trains each variant from the same seed on the same text. Then takes x, W and dy of every Linear of every layer from the
+run without FP8, on one batch, and multiplies these operands with each kind of scale: the error of Fprop, Dgrad and
+Wgrad by layer. Published: scaling activation gradients per 128x128 block diverged (16B parameters, 300B tokens); Dgrad
+is the sensitive product.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
 
-from dsv3_jax.config import Config
-from dsv3_jax.model.loss import compute_losses, objective, target_counts
-from dsv3_jax.model.transformer import Execution
+from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.precision.policy import TILES, Recipe
 from dsv3_jax.training.data import TrainLoader
-from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
+from experiments.ablations.products import GEMMS, errors_of, products_of
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=30)
-TILES = ("1x128", "128x128", "tensor")
+COARSE = flags.DEFINE_list("coarse", ["128x128", "tensor"], "Tiles to compare with 1x128, which FP8 trains with.")
+FINE = "activations-1x128"  # and gradients: the recipe
+
+Errors = dict[str, np.ndarray]  # by layer and linear, "2 kv_a": [variants, GEMMS]
 
 
 def main() -> int:
     config = study.read_config(CONFIG, STEPS.value)
-    plain = study.changed(config, precision={"policy": "bf16"})
-    fp8 = {f"activations-{tile}": {"policy": "fp8", "activation_tile": tile} for tile in TILES}
-    fp8 |= {f"gradients-{tile}": {"policy": "fp8", "gradient_tile": tile} for tile in TILES[1:]}
-    variants = {"none": plain} | {name: study.changed(config, precision=change) for name, change in fp8.items()}
-    workdir = Path(WORKDIR.value)
+    variants = _variants(config)
+    fp8 = [name for name in variants if name != "none"]
+    workdir, text = Path(WORKDIR.value), study.open_text(config, Path(WORKDIR.value))
+    _, state = study.train_variant("none", variants["none"], text, workdir)
     curves = study.train_variants(variants, workdir)
-    text = study.open_text(plain, workdir)
-    state, _ = study.train(plain, text, "weights for the gradients")
-    rows = _rows(plain, text)
-    exact = _gradients(state, plain, rows)
-    errors = {name: _errors(_gradients(state, variants[name], rows), exact) for name in fp8}
-    figure, (ax,) = study.panels("Error of weight gradients by layer")
-    for name, by_layer in errors.items():
-        ax.plot(100 * by_layer, "o-", label=name)
-    ax.set(xlabel="layer", ylabel="relative error, %", ylim=(0, None))
-    ax.set_xticks(range(len(next(iter(errors.values())))))
-    ax.legend()
-    header = ["FP8 scales", "validation loss", "error of gradients, mean", "first layer", "last layer"]
-    table_rows = [["no FP8", f"{curves['none'].val_loss:.4f}", "", "", ""]]
-    table_rows += [[name, f"{curves[name].val_loss:.4f}", f"{e.mean():.2%}", f"{e[0]:.2%}", f"{e[-1]:.2%}"] for name, e in errors.items()]
-    blockwise, tilewise = errors["gradients-128x128"].mean(), errors["activations-1x128"].mean()
-    verdict = (
-        f"Gradient scales per 128x128 block give {blockwise / tilewise:.2f} times the gradient error of 1x128 "
-        f"({blockwise:.2%} against {tilewise:.2%}). "
-        "Published: block-wise gradient scales diverged at 16B parameters and 300B tokens, far beyond this run."
-    )
-    result = {"val_loss": {name: curve.val_loss for name, curve in curves.items()}, "errors": {n: e.tolist() for n, e in errors.items()}}
-    study.finish(workdir, figure, study.markdown(header, table_rows), verdict, result)
+    recipes = {name: dataclasses.replace(Recipe.of(variants[name].precision), impl="reference") for name in fp8}
+    errors: Errors = {}
+    for layer, products in enumerate(products_of(state, variants["none"], _rows(config, text))):
+        for linear, product in products.items():
+            errors[f"{layer} {linear}"] = np.array(list(errors_of(product, recipes).values()))
+    losses = {name: curve.val_loss for name, curve in curves.items()}
+    by_gemm = np.mean(list(errors.values()), axis=0)
+    result = {"val_loss": losses, "gemms": GEMMS, "variants": fp8, "errors": {name: e.tolist() for name, e in errors.items()}}
+    study.finish(workdir, _heat_maps(errors, fp8), _tables(losses, errors, fp8), _verdict(by_gemm, fp8), result)
     return 0
+
+
+def _variants(config: Config) -> dict[str, Config]:
+    """No FP8, FP8 as the recipe has it, and one kind of tensor with coarser scales."""
+    unknown = [tile for tile in COARSE.value if tile not in TILES]
+    if unknown or not COARSE.value:
+        raise ConfigError("--coarse", ",".join(COARSE.value) or None, f"name some of {', '.join(TILES)}")
+    fields: dict[str, dict[str, str]] = {FINE: {}}
+    fields |= {f"activations-{tile}": {"activation_tile": tile} for tile in COARSE.value}
+    fields |= {f"gradients-{tile}": {"gradient_tile": tile} for tile in COARSE.value}
+    fp8 = {name: study.changed(config, precision={"policy": "fp8", **change}) for name, change in fields.items()}
+    return {"none": study.changed(config, precision={"policy": "bf16"}), **fp8}
 
 
 def _rows(config: Config, text: study.Text) -> jax.Array:
@@ -66,30 +70,45 @@ def _rows(config: Config, text: study.Text) -> jax.Array:
     return jnp.asarray(rows)
 
 
-def _gradients(state: TrainState, config: Config, rows: jax.Array) -> dict:
-    execution = Execution.of(config, 0)
+def _tables(losses: dict[str, float], errors: Errors, fp8: list[str]) -> str:
+    """Loss and mean errors of every variant; then the mean errors of every layer."""
+    layers = sorted({name.split()[0] for name in errors}, key=int)
+    means = np.mean(list(errors.values()), axis=0)
+    rows = [["none", f"{losses['none']:.4f}", *[""] * len(GEMMS)]]
+    rows += [[name, f"{losses[name]:.4f}", *(f"{e:.2%}" for e in mean)] for name, mean in zip(fp8, means, strict=True)]
+    by_layer = [
+        [gemm, name, *(f"{np.mean([e[v, g] for key, e in errors.items() if key.split()[0] == layer]):.2%}" for layer in layers)]
+        for g, gemm in enumerate(GEMMS)
+        for v, name in enumerate(fp8)
+    ]
+    header = ["FP8 scales", "validation loss", *(f"error of {gemm}, mean" for gemm in GEMMS)]
+    return f"{study.markdown(header, rows)}\n\n{study.markdown(['product', 'FP8 scales', *(f'layer {i}' for i in layers)], by_layer)}"
 
-    @jax.jit
-    @jax.grad
-    def gradient(params: dict) -> jax.Array:
-        losses = compute_losses(params, state.router_bias, rows, config.model, execution)
-        return objective(losses, target_counts(rows, config.model, execution), config.train.mtp_loss_weight, 0.0)
 
-    return jax.device_get(gradient(state.params))
+def _heat_maps(errors: Errors, fp8: list[str]) -> Figure:
+    """A map for each product: layer and linear down, variants across."""
+    figure = Figure(figsize=(4 + 1.6 * len(fp8), 1.5 + 0.24 * len(errors)), layout="constrained")
+    figure.suptitle("Error of each product, %", x=0.01, ha="left", fontweight="bold")
+    for g, (gemm, ax) in enumerate(zip(GEMMS, figure.subplots(1, len(GEMMS), sharey=True), strict=True)):
+        values = 100 * np.array([e[:, g] for e in errors.values()])
+        ax.imshow(values, cmap="viridis", aspect="auto")
+        for row, column in np.ndindex(*values.shape):
+            ax.text(column, row, f"{values[row, column]:.1f}", ha="center", va="center", color="w", fontsize=7)
+        ax.set_title(gemm)
+        ax.set_xticks(range(len(fp8)), fp8, rotation=45, ha="right", fontsize=7)
+        ax.set_yticks(range(len(errors)), list(errors), fontsize=7)
+    return figure
 
 
-def _errors(ours: dict, exact: dict) -> np.ndarray:
-    """Relative Frobenius error of all gradients of a layer together, for every layer of the main model."""
-    by_layer = []
-    for stack in ("dense", "moe"):
-        if stack not in exact:
-            continue
-        pairs = list(zip(jax.tree.leaves(ours[stack]), jax.tree.leaves(exact[stack]), strict=True))
-        for layer in range(pairs[0][0].shape[0]):
-            off = sum(float(((a[layer].astype(np.float64) - b[layer]) ** 2).sum()) for a, b in pairs)
-            size = sum(float((b[layer].astype(np.float64) ** 2).sum()) for _, b in pairs)
-            by_layer.append(np.sqrt(off / size))
-    return np.array(by_layer)
+def _verdict(by_gemm: np.ndarray, fp8: list[str]) -> str:
+    coarse = COARSE.value[0]
+    fine, gradients, activations = (by_gemm[fp8.index(name)] for name in (FINE, f"gradients-{coarse}", f"activations-{coarse}"))
+    return (
+        f"Gradient scales per {coarse} give {gradients[1] / fine[1]:.2f} times the Dgrad error of 1x128 ({gradients[1]:.2%} against "
+        f"{fine[1]:.2%}) and {gradients[2] / fine[2]:.2f} times the Wgrad error; activation scales per {coarse} "
+        f"{activations[0] / fine[0]:.2f} times the Fprop error. Published: block-wise gradient scales diverged at 16B parameters "
+        "and 300B tokens, far beyond this run, and Dgrad is the sensitive product."
+    )
 
 
 if __name__ == "__main__":

@@ -53,10 +53,12 @@ class Text(NamedTuple):
 
 def define_flags(steps: int) -> tuple[flags.FlagHolder, flags.FlagHolder]:
     """--steps and --workdir."""
-    return (
-        flags.DEFINE_integer("steps", steps, "Training steps of every variant.", lower_bound=1),
-        flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.", required=True),
-    )
+    return flags.DEFINE_integer("steps", steps, "Training steps of every variant.", lower_bound=1), define_workdir()
+
+
+def define_workdir() -> flags.FlagHolder:
+    """--workdir."""
+    return flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.", required=True)
 
 
 def read_config(holder: flags.FlagHolder, steps: int) -> Config:
@@ -84,7 +86,9 @@ def open_text(config: Config, workdir: Path) -> Text:
 def train_variants(variants: Mapping[str, Config], workdir: Path) -> dict[str, Curve]:
     """Trains each variant from the same seed on the same rows; returns the curves by name."""
     text = open_text(next(iter(variants.values())), workdir)
-    return {name: _done(config, workdir / f"{name}.json") or _train(name, config, text, workdir) for name, config in variants.items()}
+    return {
+        name: _done(config, workdir / f"{name}.json") or train_variant(name, config, text, workdir)[0] for name, config in variants.items()
+    }
 
 
 def _done(config: Config, path: Path) -> Curve | None:
@@ -96,11 +100,12 @@ def _done(config: Config, path: Path) -> Curve | None:
     return Curve(np.array(kept["loss"]), kept["val_loss"])
 
 
-def _train(name: str, config: Config, text: Text, workdir: Path) -> Curve:
+def train_variant(name: str, config: Config, text: Text, workdir: Path) -> tuple[Curve, TrainState]:
+    """Trains one variant, whether it is done or not, for a study that needs its weights too."""
     state, losses = train(config, text, name)
     result = evaluate_state(state, config, text)
     write_json(workdir / f"{name}.json", {"config": to_dict(config), "loss": losses.tolist(), "val_loss": result})
-    return Curve(losses, result)
+    return Curve(losses, result), state
 
 
 def train(config: Config, text: Text, name: str) -> tuple[TrainState, Float[np.ndarray, " steps"]]:
