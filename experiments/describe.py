@@ -16,7 +16,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ConfigError, to_dict
 from experiments import cli
-from experiments.output import check_output, table
+from experiments.output import check_output, gib, table
 
 CONFIG = cli.define_config()
 TOKENS = flags.DEFINE_float("tokens", None, "Tokens to train on. Without it: those of train.steps.")
@@ -169,11 +169,6 @@ def scaled(count: float, giga: str = "B") -> str:
         if count >= limit:
             return f"{count / limit:.2f}{suffix}"
     return f"{count:.0f}"
-
-
-def gib(size: float) -> str:
-    """Bytes in GiB, or in MiB below one of them."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
 
 
 if __name__ == "__main__":

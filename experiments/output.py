@@ -1,4 +1,4 @@
-"""What commands print and write: tables, and paths that can be written to."""
+"""What commands print and write: tables, sizes, and paths that can be written to."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,3 +20,8 @@ def check_output(flag: str, name: str) -> None:
         raise ConfigError(flag, name, f"there is no folder {folder}; make it first")
     if Path(name).is_dir():
         raise ConfigError(flag, name, "is a folder; name a file")
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, or in MiB below one of them."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

@@ -26,6 +26,7 @@ MICRO = [
     [
         ("accumulation", ["--steps=1", "--rows=4", "--largest_k=512"], ("errors_percent",)),
         ("fp8_vs_bf16", [*MICRO, "--steps=2"], ("mean_error", "largest_error", "chance_mean")),
+        ("kv_cache", ["--config=configs/v3_671b.py"], ("bytes_per_token", "equal_groups")),
         ("quant_granularity", [*MICRO, "--steps=1", "--coarse=128x128"], ("val_loss", "errors")),
         ("state_precision", [*MICRO, "--steps=2"], ("val_loss_difference",)),
     ],

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import Config
-from experiments.describe import describe, gib, render, scaled
-from experiments.output import table
+from experiments.describe import describe, render, scaled
+from experiments.output import gib, table
 from tests.test_configs import NAMES, frozen
 
 ROOT = Path(__file__).parents[1]
