@@ -1,7 +1,9 @@
-"""What commands print and write: tables, sizes, and paths that can be written to."""
+"""What commands print and write: tables, sizes, pictures, and paths that can be written to."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dsv3_jax.config import ConfigError
 
@@ -25,3 +27,14 @@ def check_output(flag: str, name: str) -> None:
 def gib(size: float) -> str:
     """Bytes in GiB, or in MiB below one of them."""
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
+def rendered(figure: Any, ending: str) -> bytes:
+    """A matplotlib Figure as the bytes of a .png or .svg file."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if ending == "svg" else {}
+    with matplotlib.rc_context({"svg.hashsalt": "dsv3_jax", "svg.fonttype": "none"}):  # the same picture is the same file
+        figure.savefig(buffer, format=ending, dpi=160, metadata=metadata)
+    return buffer.getvalue()

@@ -9,7 +9,6 @@ rank its operations in order: F0.3 is the forward pass of micro-batch 3 of direc
 B a backward pass, I one for the input only, W one for the weights only, FB(F0.7,B1.3) two at the same time.
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from absl import flags
 from dsv3_jax.parallel.schedules import GENERATORS, Schedule, make_schedule
 from dsv3_jax.parallel.simulate import Costs, Span, Timeline, simulate
 from experiments import cli
-from experiments.output import check_output, table
+from experiments.output import check_output, rendered, table
 
 P = flags.DEFINE_integer("P", 8, "Pipeline ranks.")
 M = flags.DEFINE_integer("M", 20, "Micro-batches of a step.")
@@ -58,7 +57,7 @@ def main() -> int:
         check_output("--json", JSON.value)
     figure = draw(drawn)
     for ending in ("png", "svg"):
-        write_atomically(Path(f"{FIGURE.value}.{ending}"), _rendered(figure, ending))
+        write_atomically(Path(f"{FIGURE.value}.{ending}"), rendered(figure, ending))
     if JSON.value:
         write_json(Path(JSON.value), as_json(drawn.schedule))
     print(_at_this_size(costs) + "\n\n" + _over_sizes(costs))
@@ -151,16 +150,6 @@ def _legend(figure: Any, timeline: Timeline) -> None:
     ]
     patches.append(Patch(facecolor=IDLE, edgecolor="#d1d5db", linewidth=0.6, label="idle"))
     figure.legend(handles=patches, loc="outside lower left", ncols=len(patches), frameon=False, fontsize=8.5, handlelength=1.1)
-
-
-def _rendered(figure: Any, ending: str) -> bytes:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    metadata = {"Date": None} if ending == "svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "dsv3_jax", "svg.fonttype": "none"}):  # the same picture is the same file
-        figure.savefig(buffer, format=ending, dpi=160, metadata=metadata)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -138,6 +138,16 @@ def expert_ffn(
     return combine_tokens(y, arrived.plans, placement, recipe.sends_gradients), fullness
 
 
+REPLICA_SLOTS = "replica_slots"  # beside the stacked experts, [e, most], where some are held more than once; see inference/replicas.py
+
+
+def pick_replicas(experts: Int[Array, "n k"], slots: Int[Array, "e most"]) -> Int[Array, "n k"]:
+    """The slot that serves each pair: the tokens of a batch take the replicas of an expert in turn. Slots past the last are -1."""
+    counts = (slots >= 0).sum(1)
+    turn = jnp.arange(experts.shape[0])[:, None] % counts[experts]
+    return slots[experts, turn]
+
+
 class Experts(nn.Module):
     """Parameters of the routed experts of one device, stacked on a leading expert axis."""
 
@@ -149,6 +159,9 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "n d"], routing: Routing) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
         c = self.config
         here = c.n_routed_experts // self.placement.ranks
+        if self.has_variable("params", REPLICA_SLOTS):
+            here = self.get_variable("params", "gate_up_proj").shape[0]
+            routing = routing._replace(experts=pick_replicas(routing.experts, self.get_variable("params", REPLICA_SLOTS)))
         normal = nn.initializers.normal(c.initializer_range)
         gate_up = self.param("gate_up_proj", normal, (here, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
         down = self.param("down_proj", normal, (here, c.moe_intermediate_size, c.hidden_size), jnp.float32)
