@@ -1,16 +1,22 @@
 """Continues a prompt with a trained model, over the latent cache.
 
 uv run -m experiments.generate --workdir=runs/tiny --prompt='def read('
+uv run -m experiments.generate --workdir=runs/tiny --prompt='def read(' --speculative=2
 uv run -m experiments.generate --hf=DeepSeek-V3 --chat --prompt='Why is the sky blue?'
 """
 
 import sys
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from dsv3_jax.config import ConfigError
 from experiments import cli, sources
+
+if TYPE_CHECKING:
+    from dsv3_jax.training.run import Run
 
 SOURCE = sources.define_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
@@ -22,12 +28,14 @@ TOP_P = flags.DEFINE_float(
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
 CHAT = flags.DEFINE_bool("chat", False, "Take the prompt as a user's message, in the chat template beside the tokenizer.")
 
+SPECULATIVE = flags.DEFINE_integer(
+    "speculative", 0, "Tokens that MTP modules draft and the model verifies in one pass; 0: none. The text follows the same distribution.",
+    lower_bound=0,
+)  # fmt: skip
+
 
 def main() -> int:
-    import jax
-
     from dsv3_jax.inference.chat import render_chat
-    from dsv3_jax.inference.decode import generate
 
     run = SOURCE.open()
     tokenizer = run.tokenizer
@@ -41,23 +49,44 @@ def main() -> int:
     if not prompt or room < 1:
         limit = run.config.model.max_position_embeddings
         raise ConfigError("--prompt", PROMPT.value[:40], f"is {len(prompt)} tokens long; give 1 to {limit - 1}")
-    steps = generate(
-        run.params, run.router_bias, [prompt], run.config.model, run.execution,
-        max_new_tokens=min(MAX_TOKENS.value, room), temperature=TEMPERATURE.value, top_p=TOP_P.value, key=jax.random.key(SEED.value),
-    )  # fmt: skip
+    drafts = {"proposed": 0, "accepted": 0}
+    steps = new_tokens(run, prompt, min(MAX_TOKENS.value, room), drafts)
     print("" if CHAT.value else PROMPT.value, end="", flush=True)
     started, ids, shown = time.perf_counter(), [], ""
     for token in steps:
-        if token[0] in run.eos_ids:
+        if token in run.eos_ids:
             break
-        ids.append(int(token[0]))
+        ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=False)
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
             print(text[len(shown) :], end="", flush=True)
             shown = text
     seconds = time.perf_counter() - started
-    print(f"\n\n{len(ids)} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+    print(f"\n\n{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s, compilation included", file=sys.stderr)
+    if drafts["proposed"]:
+        share = drafts["accepted"] / drafts["proposed"]
+        print(f"{drafts['accepted']} of {drafts['proposed']} drafts accepted ({share:.1%})", file=sys.stderr)
     return 0
+
+
+def new_tokens(run: "Run", prompt: list[int], count: int, drafts: dict[str, int]) -> Iterator[int]:
+    """The tokens after a prompt, one by one; adds proposed and accepted drafts to `drafts` where tokens are drafted."""
+    import jax
+
+    from dsv3_jax.inference.decode import generate
+    from dsv3_jax.inference.speculative import generate_speculatively
+
+    settings: dict[str, Any] = dict(max_new_tokens=count, temperature=TEMPERATURE.value, top_p=TOP_P.value, key=jax.random.key(SEED.value))
+    model = (run.params, run.router_bias, [prompt], run.config.model, run.execution)
+    if not SPECULATIVE.value:
+        yield from (int(token[0]) for token in generate(*model, **settings))
+        return
+    if not run.config.model.num_nextn_predict_layers:
+        raise ConfigError("--speculative", SPECULATIVE.value, "this model has no MTP modules to draft with; leave it out")
+    for done in generate_speculatively(*model, drafts=SPECULATIVE.value, **settings):
+        drafts["proposed"] += done.proposed
+        drafts["accepted"] += done.accepted
+        yield from done.tokens[0]
 
 
 if __name__ == "__main__":

@@ -98,15 +98,8 @@ def generate(
 
     Raises ValueError when a prompt is empty, or with the new tokens longer than `max_position_embeddings`.
     """
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    total = int(lengths.max()) + max_new_tokens
-    if lengths.min() == 0 or total > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise ValueError(f"prompt of {lengths.min()}..{lengths.max()} tokens and {max_new_tokens} new ones must lie in 1..{limit} together")
-    slots = _bucket(total)
-    padded = np.zeros((len(prompts), _bucket(int(lengths.max()))), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    padded, lengths = pad_prompts(prompts, max_new_tokens, config)
+    slots = bucket(int(lengths.max()) + max_new_tokens)
     cache = init_cache(config, len(prompts), max(slots, padded.shape[1]), execution.dtype)
     scores, cache = prefill(params, bias, jnp.asarray(padded), jnp.asarray(lengths), cache, config, execution)
     for i in range(max_new_tokens):
@@ -116,6 +109,20 @@ def generate(
             scores, cache = decode_step(params, bias, tokens, jnp.asarray(lengths + i), cache, config, execution)
 
 
-def _bucket(length: int) -> int:
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig
+) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, " b"]]:
+    """Prompts padded on the right to a bucket, and their lengths. Raises ValueError for those that `generate` refuses."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    limit = config.max_position_embeddings
+    if lengths.min() == 0 or lengths.max() + max_new_tokens > limit:
+        raise ValueError(f"prompt of {lengths.min()}..{lengths.max()} tokens and {max_new_tokens} new ones must lie in 1..{limit} together")
+    padded = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, lengths
+
+
+def bucket(length: int) -> int:
     """The next power of two from 32: prompts of similar length share one compiled program."""
     return max(32, 1 << (length - 1).bit_length())

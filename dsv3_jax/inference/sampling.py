@@ -15,6 +15,14 @@ def top_p_mask(scores: Float[Array, "b v"], top_p: Float[Array, ""] | float) -> 
     return jnp.where(keep, scores, -jnp.inf)
 
 
+def probabilities(
+    logits: Float[Array, "b v"], temperature: Float[Array, ""] | float, top_p: Float[Array, ""] | float
+) -> Float[Array, "b v"]:
+    """What `sample` draws from; at temperature 0 all of it on the most likely token."""
+    drawn = jax.nn.softmax(top_p_mask(logits / jnp.maximum(temperature, 1e-6), top_p), axis=-1)
+    return jnp.where(temperature == 0, jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]), drawn)
+
+
 def sample(
     logits: Float[Array, "b v"], key: PRNGKeyArray, temperature: Float[Array, ""] | float, top_p: Float[Array, ""] | float
 ) -> Int[Array, " b"]:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
+from dsv3_jax.model.mla import Latent
 from dsv3_jax.model.transformer import (
     Block,
     BlockOutput,
@@ -58,9 +59,24 @@ class MTPModule(nn.Module):
         self, hidden: Float[Array, "b t d"], embedding: Float[Array, "b t d"], bias: Float[Array, " e"], context: TokenContext
     ) -> tuple[BlockOutput, Float[Array, "b t d"]]:
         """The block's output, which the next depth takes, and its normalised copy, which the head takes."""
-        joined = self.eh_proj(jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1))
-        out = self.block(joined, bias, context)
+        out = self.block(self._join(hidden, embedding), bias, context)
         return out, self.norm(out.x)
+
+    def decode(
+        self,
+        hidden: Float[Array, "b t d"],
+        embedding: Float[Array, "b t d"],
+        bias: Float[Array, " e"],
+        positions: Int[Array, "b t"],
+        cache: Latent,
+        mask: Bool[Array, "b t s"],
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], Latent]:
+        """The same over the module's own latent cache: the block's output, its normalised copy, the cache; see `MLA.decode`."""
+        x, cache = self.block.decode(self._join(hidden, embedding), bias, positions, cache, mask)
+        return x, self.norm(x), cache
+
+    def _join(self, hidden: Array, embedding: Array) -> Array:
+        return self.eh_proj(jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1))
 
 
 def target_weights(rows: Int[Array, "b row"], depth: int, eos_id: int | None) -> Float[Array, "b t"]:
