@@ -1,6 +1,6 @@
 """The latent cache: for every layer and token the compressed key-value `c_kv` and the rotated key `k_r` (V3 sec. 2.1.1)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -9,10 +9,10 @@ from dsv3_jax.model.mla import Latent
 
 
 class Cache(NamedTuple):
-    """Latents of the dense and of the MoE layers, `c_kv` [layers, B, S, kv_lora_rank] and `k_r` [layers, B, S, rope]."""
+    """Latents of the dense and of the MoE layers, `c_kv` [layers, B, S, kv_lora_rank] and `k_r` [layers, B, S, rope]; or `paged.Pages`."""
 
-    dense: Latent
-    moe: Latent
+    dense: Any
+    moe: Any
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: str) -> Cache:

@@ -2,17 +2,18 @@
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache, init_cache
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.model.layers import rms_norm
-from dsv3_jax.model.mla import Latent
+from dsv3_jax.model.mla import Store, contiguous
 from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, embed, logits
 
 
@@ -29,19 +30,33 @@ def forward_cached(
 
     A token sees the cache slots up to its own position; what later slots hold does not matter.
     """
-    slots = cache.moe.c_kv.shape[2]
-    mask = jnp.arange(slots) <= positions[:, :, None]
+    mask = jnp.arange(cache.moe.c_kv.shape[2]) <= positions[:, :, None]
+    return forward_stored(params, bias, tokens, positions, cache, mask, contiguous, config, execution)
+
+
+def forward_stored(
+    params: Params,
+    bias: RouterBias,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    cache: Cache,
+    mask: Bool[Array, "b t s"],
+    store: Store,
+    config: ModelConfig,
+    execution: Execution,
+) -> tuple[Float[Array, "b t d"], Cache]:
+    """`forward_cached` over a cache of any layout: `store` writes and reads it, `mask` says which of what it reads a token sees."""
     x = embed(params, tokens, execution.dtype)
     layer_bias = {"dense": jnp.zeros((config.num_dense_layers, config.n_routed_experts)), "moe": bias.moe}
-    new: dict[str, Latent] = {}
+    new: dict[str, Any] = {}
     for kind, latent in cache._asdict().items():
         new[kind] = latent
         if kind in params:
             block = Block(config, execution, kind == "moe")
 
-            def layer(x: Array, inputs: tuple, block: Block = block) -> tuple[Array, Latent]:
+            def layer(x: Array, inputs: tuple, block: Block = block) -> tuple[Array, Any]:
                 layer_params, bias_row, layer_cache = inputs
-                return block.apply({"params": layer_params}, x, bias_row, positions, layer_cache, mask, method=Block.decode)
+                return block.apply({"params": layer_params}, x, bias_row, positions, layer_cache, mask, store, method=Block.decode)
 
             x, new[kind] = jax.lax.scan(layer, x, (params[kind], layer_bias[kind], latent))
     return rms_norm(x, params["norm"], config.rms_norm_eps), Cache(**new)

@@ -5,7 +5,8 @@ usual. The decode form never expands them: `W_UK` is absorbed into the query and
 softmax, so that attention runs over the cache itself, `kv_lora_rank + qk_rope_head_dim` numbers a token.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -74,6 +75,16 @@ def update_cache(cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> La
     return Latent(*(old.at[rows, positions].set(fresh.astype(old.dtype)) for old, fresh in zip(cache, new, strict=True)))
 
 
+# Writes the new entries into a layer's cache, of whatever layout; returns it, and all of it as attention reads it.
+Store = Callable[[Any, Latent, Array], tuple[Any, Latent]]
+
+
+def contiguous(cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> tuple[Latent, Latent]:
+    """The `Store` of a cache with a row of slots for each sequence."""
+    cache = update_cache(cache, new, positions)
+    return cache, cache
+
+
 class MLA(nn.Module):
     """Parameters of MLA; `__call__` is the training form, `decode` the absorbed form over a cache."""
 
@@ -104,12 +115,12 @@ class MLA(nn.Module):
         return self._project(out if self.recipe.fp8 else checkpoint_name(out, "attention_out"))
 
     def decode(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Latent, mask: Bool[Array, "b t s"]
-    ) -> tuple[Float[Array, "b t d"], Latent]:
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Any, mask: Bool[Array, "b t s"], store: Store = contiguous
+    ) -> tuple[Float[Array, "b t d"], Any]:
         """Writes the new tokens into the cache, then attends over it. `mask[b, t, s]`: may token t see cache slot s."""
         q_c, q_r = self._queries(x, positions)
-        cache = update_cache(cache, self._latent(x, positions), positions)
-        out = absorbed_attention(q_c, q_r, cache, self.kv_b_proj, softmax_scale(self.config), mask)
+        cache, latents = store(cache, self._latent(x, positions), positions)
+        out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, softmax_scale(self.config), mask)
         return self._project(out), cache
 
     def _queries(self, x: Array, positions: Array) -> tuple[Array, Array]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
-from dsv3_jax.model.mla import MLA, Latent
+from dsv3_jax.model.mla import MLA, Store, contiguous
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.parallel.expert import ALONE, Placement
 from dsv3_jax.precision.policy import BF16, Recipe
@@ -100,10 +100,16 @@ class Block(nn.Module):
         return self._feed_forward(checkpoint_name(x, "attention_residual"), bias, context.weights)
 
     def decode(
-        self, x: Float[Array, "b t d"], bias: Float[Array, " e"], positions: Int[Array, "b t"], cache: Latent, mask: Bool[Array, "b t s"]
-    ) -> tuple[Float[Array, "b t d"], Latent]:
+        self,
+        x: Float[Array, "b t d"],
+        bias: Float[Array, " e"],
+        positions: Int[Array, "b t"],
+        cache: Any,
+        mask: Bool[Array, "b t s"],
+        store: Store = contiguous,
+    ) -> tuple[Float[Array, "b t d"], Any]:
         """The layer over a latent cache; see `MLA.decode`."""
-        attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask)
+        attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask, store)
         return self._feed_forward(x + attended, bias, jnp.ones(x.shape[:2])).x, cache
 
     def _feed_forward(self, x: Array, bias: Array, weights: Array) -> BlockOutput:

@@ -1,0 +1,57 @@
+"""A paged latent cache: sequences of different length share one pool of pages (2309.06180), in the activations' dtype or FP8.
+
+Page `table[b, i]` holds positions i * page_size to (i + 1) * page_size - 1 of sequence b. Page 0 belongs to nobody: padding is
+written there. In FP8, `c_kv` is E4M3 with one float32 scale for each token and 128 channels, 1x128 tiles as everywhere in the recipe
+(V3 sec. 3.3.2); `k_r`, which carries the positions, stays as it is. All shapes are fixed by the pool and the table.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.cache import Cache
+from dsv3_jax.model.mla import Latent, Store
+from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize, quantize
+
+TILE = (1, BLOCK)
+NOBODY = 0  # the page that padding is written to
+
+
+class Pages(NamedTuple):
+    """The pool of a layer, or with a leading axis of layers; `scales` is None unless `c_kv` is E4M3."""
+
+    c_kv: Array  # [pages, page_size, kv_lora_rank]
+    scales: Float[Array, "*l pages size tiles"] | None
+    k_r: Array  # [pages, page_size, rope]
+
+
+def init_pages(config: ModelConfig, pages: int, page_size: int, dtype: str, fp8: bool) -> Cache:
+    """An empty pool for every layer, `pages` with the one that is nobody's; `dtype` is that of activations."""
+
+    def pool(layers: int) -> Pages:
+        shape, r = (layers, pages, page_size), config.kv_lora_rank
+        scales = jnp.ones((*shape, -(-r // BLOCK))) if fp8 else None
+        return Pages(jnp.zeros((*shape, r), "float8_e4m3fn" if fp8 else dtype), scales, jnp.zeros((*shape, config.qk_rope_head_dim), dtype))
+
+    return Cache(pool(config.num_dense_layers), pool(config.num_moe_layers))
+
+
+def paged(table: Int[Array, "b n"]) -> Store:
+    """The `Store` of a pool: writes new entries to the pages of each sequence, reads all of its pages in the order of positions."""
+
+    def store(pool: Pages, new: Latent, positions: Array) -> tuple[Pages, Latent]:
+        size = pool.k_r.shape[1]
+        place = (jnp.take_along_axis(table, positions // size, axis=1), positions % size)
+        fresh = Pages(new.c_kv, None, new.k_r)
+        if pool.scales is not None:
+            low = quantize(new.c_kv, TILE)
+            fresh = Pages(low.values, low.scales, new.k_r)
+        pool = jax.tree.map(lambda old, one: old.at[place].set(one.astype(old.dtype)), pool, fresh)
+        mine = jax.tree.map(lambda pages: pages[table].reshape(table.shape[0], -1, pages.shape[-1]), pool)
+        c_kv = mine.c_kv if mine.scales is None else dequantize(Quantized(mine.c_kv, mine.scales, TILE), new.c_kv.dtype.name)
+        return pool, Latent(c_kv, mine.k_r)
+
+    return store
