@@ -131,13 +131,15 @@ def peer(config: Any) -> list[dict[str, Any]]:
     """Figures of transformers' model of the same configuration, from the script beside this one."""
     from dsv3_jax.config import to_dict
 
-    script = Path(__file__).with_name("train_step_transformers.py")
+    script, root = "experiments.bench.train_step_transformers", Path(__file__).parents[2]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(to_dict(config)))
-        done = subprocess.run([PEER.value, str(script), f"--config_json={path}"], capture_output=True, text=True, check=False)
+        # As a module: by its path, kernels.py beside it would hide the package of that name, which transformers looks for.
+        command = [PEER.value, "-m", script, f"--config_json={path}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     if done.returncode:
-        raise RuntimeError(f"{script.name} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"{script} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -2,7 +2,7 @@
 
 Runs in an environment of its own, with torch and transformers and without this project:
 
-    python experiments/bench/train_step_transformers.py --config_json=tiny.json
+    python -m experiments.bench.train_step_transformers --config_json=tiny.json
 
 where the file is a whole configuration, `json.dumps(dsv3_jax.config.to_dict(config))`; the batch is
 `train.micro_batch_size` rows of `train.sequence_length` random tokens. A step is forward, backward,
