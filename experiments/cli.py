@@ -53,10 +53,18 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def fake_devices(count: int) -> None:
-    """Makes JAX, which must not be loaded yet, see the CPU as so many devices, and nothing else."""
+def fake_devices(count: int, only_compile: bool = False) -> None:
+    """Makes JAX, which must not be loaded yet, see the CPU as so many devices, and nothing else.
+
+    `only_compile`: programs are not run, so they need no optimisation; and bf16, which a CPU would widen to float32 in
+    nearly every operation, collectives too, stays as it is on an accelerator.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    flags_of_xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    if only_compile:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        flags_of_xla += " --xla_disable_hlo_passes=float-normalization-bf16"
+    os.environ["XLA_FLAGS"] = flags_of_xla
 
 
 def fail(message: str) -> None:

@@ -9,6 +9,8 @@ A batch lies on data x node x gpu, the routed experts on node x gpu. `gpu` chang
 that the devices of a host, which JAX numbers one after another, are neighbours on it.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -22,12 +24,13 @@ BATCH_AXES = ("data", "node", "gpu")
 EXPERT_AXES = ("node", "gpu")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over the first pipe x data x node x gpu devices. Raises ConfigError when there are not that many.
 
-    With several processes every device has to be in it: each process trains on its own.
+    With several processes every device has to be in it: each process trains on its own. `devices`: others than those that
+    are here, to compile for.
     """
-    devices = jax.devices()
+    devices = devices or jax.devices()
     wanted, there = config.devices, len(devices)
     if wanted > there or (jax.process_count() > 1 and wanted != there):
         sizes = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,6 +25,7 @@ from dsv3_jax.training.data import TrainLoader, merge_states, validation_rows
 from dsv3_jax.training.ema import HostEMA, host_sharding
 from dsv3_jax.training.evaluate import Evaluation, evaluate
 from dsv3_jax.training.initial import check_initial, load_initial, with_tokenizer_of
+from dsv3_jax.training.lowered import batch_arguments
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepPlan, plan_step
 from dsv3_jax.training.state import TrainState, create_state
@@ -117,11 +117,8 @@ class Trainer:
     def compile(self) -> None:
         """Compiles the train step before the first one is timed."""
         started = time.perf_counter()
-        train = self.config.train
-        row_shape = (train.micro_batch_size, train.sequence_length + 1)
-        rows = jax.ShapeDtypeStruct((self.micro_batches, *row_shape), np.int32, sharding=batch_sharding(self.mesh))
-        scalars = abstract_like((np.zeros((), np.int32), Rates(*jnp.zeros(3))), replicated(self.mesh))
-        self.train_step = self.train_step.lower(abstract_like(self.state, self.shardings), rows, *scalars).compile()
+        arguments = batch_arguments(self.config, self.mesh)
+        self.train_step = self.train_step.lower(abstract_like(self.state, self.shardings), *arguments).compile()
         self.compile_seconds = time.perf_counter() - started
 
     def next_rows(self, sequences: int) -> jax.Array:
