@@ -96,8 +96,11 @@ class Block(nn.Module):
         self.mlp = MoE(c, balance, recipe, self.execution.placement) if self.is_moe else dense()
 
     def __call__(self, x: Float[Array, "b t d"], bias: Float[Array, " e"], context: TokenContext) -> BlockOutput:
-        x = x + self.self_attn(self.input_layernorm(x), context.positions, context.segment_ids)
-        return self._feed_forward(checkpoint_name(x, "attention_residual"), bias, context.weights)
+        return self._feed_forward(checkpoint_name(self._attend(x, context), "attention_residual"), bias, context.weights)
+
+    def router_input(self, x: Float[Array, "b t d"], context: TokenContext) -> Float[Array, "b t d"]:
+        """What the router of the layer sees."""
+        return self.post_attention_layernorm(self._attend(x, context))
 
     def decode(
         self,
@@ -111,6 +114,9 @@ class Block(nn.Module):
         """The layer over a latent cache; see `MLA.decode`."""
         attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask, store)
         return self._feed_forward(x + attended, bias, jnp.ones(x.shape[:2])).x, cache
+
+    def _attend(self, x: Array, context: TokenContext) -> Array:
+        return x + self.self_attn(self.input_layernorm(x), context.positions, context.segment_ids)
 
     def _feed_forward(self, x: Array, bias: Array, weights: Array) -> BlockOutput:
         normed = self.post_attention_layernorm(x)
