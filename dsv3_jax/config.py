@@ -178,6 +178,7 @@ class ParallelConfig:
     mesh: MeshConfig = MeshConfig()
     dispatch: str = "direct"  # how tokens reach experts: direct | two_hop (along node once a target node, then along gpu)
     dispatch_bound: float | None = None  # rows of dispatch buffers, in multiples of a balanced load; None: the worst case
+    overlap: bool = False  # a device's rows go through each layer in two halves: dispatch of one can run beside products of the other
     shard: str = "optimizer"  # cut over devices: optimizer (ZeRO-1) | gradients (ZeRO-2) | parameters (FSDP)
     schedule: str = "dualpipe"  # of the pipeline, where mesh.pipe > 1: gpipe | 1f1b | zb1p | dualpipe | dualpipe_v
 

@@ -132,6 +132,10 @@ def _validate_parallel(config: Any) -> None:
     _require(m.n_routed_experts % mesh.expert_devices == 0, config, "model.n_routed_experts", f"must be a multiple of {experts}")
     _require(p.dispatch_bound is None or p.dispatch_bound >= 1, config, "parallel.dispatch_bound",
              "must be at least 1, a balanced load; or None for the worst case")  # fmt: skip
+    _require(not p.overlap or t.micro_batch_size % (2 * mesh.batch_devices) == 0, config, "train.micro_batch_size",
+             f"must be a multiple of 2 x {spread}: parallel.overlap halves the rows of each device")  # fmt: skip
+    _require(not p.overlap or t.balance != "batch_wise", config, "parallel.overlap",
+             "must be False with train.balance batch_wise, whose loss needs a whole micro-batch in each layer")  # fmt: skip
     _require(p.shard != "parameters" or t.remat != "none", config, "parallel.shard",
              "needs train.remat selective or full: with none every layer's gathered weights would be kept")  # fmt: skip
 

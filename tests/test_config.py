@@ -175,6 +175,12 @@ def test_section_must_be_a_section(value: Any):
             "must be a multiple of parallel.mesh.node 1 x gpu 3 = 3",
         ),
         ({"parallel__dispatch_bound": 0.5}, "parallel.dispatch_bound", "must be at least 1"),
+        (
+            {"train__micro_batch_size": 8, "parallel__overlap": True, "parallel__mesh__data": 8},
+            "train.micro_batch_size",
+            "must be a multiple of 2 x parallel.mesh.data 8",
+        ),
+        ({"parallel__overlap": True, "train__balance": "batch_wise"}, "parallel.overlap", "must be False with train.balance batch_wise"),
         ({"parallel__shard": "parameters", "train__remat": "none"}, "parallel.shard", "needs train.remat selective or full"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -6,7 +6,7 @@ input of the first module is the main model's hidden state *after* the final nor
 checkpoint; later modules receive the block output of the one before.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,10 +20,12 @@ from dsv3_jax.model.transformer import (
     Block,
     BlockOutput,
     Execution,
+    LayerReports,
     Params,
     RouterBias,
     TokenContext,
     embed,
+    in_halves,
     layer_gatherer,
     rematerialised,
     segments,
@@ -105,12 +107,18 @@ def predict_ahead(
     segment_ids = segments(rows[:, :t], execution.document_eos)
     module, outputs = MTPModule(config, execution), []
     ready = layer_gatherer(execution, "mtp")
-    apply = rematerialised(lambda p, *args: module.apply({"params": ready(p)}, *args), execution.remat)
+
+    def layer(rows: tuple[Array, Array, TokenContext], module_params: Params, module_bias: Array) -> tuple[Any, LayerReports]:
+        hidden, embedding, context = rows
+        out, normed = module.apply({"params": ready(module_params)}, hidden, embedding, module_bias, context)
+        return (out.x, normed), LayerReports(*out[1:])
+
+    apply = in_halves(rematerialised(layer, execution.remat), execution.overlap)
     for k in range(1, config.num_nextn_predict_layers + 1):
         module_params = jax.tree.map(lambda p, k=k: p[k - 1], params["mtp"])
         weights = target_weights(rows, k, execution.document_eos)
         context = TokenContext(positions, segment_ids, weights)
-        out, normed = apply(module_params, hidden, embed(params, shifted(rows, k), execution.dtype), bias.mtp[k - 1], context)
-        outputs.append(MTPOutput(normed, shifted(rows, k + 1), weights, out.load, out.balance_loss, out.fullness))
-        hidden = out.x
+        embedding = embed(params, shifted(rows, k), execution.dtype)
+        (hidden, normed), reports = apply((hidden, embedding, context), module_params, bias.mtp[k - 1])
+        outputs.append(MTPOutput(normed, shifted(rows, k + 1), weights, *reports))
     return outputs

@@ -46,6 +46,7 @@ class Execution:
     recipe: Recipe = BF16  # of the products of linear layers
     document_eos: int | None = None  # set: attention and losses stop at this token
     placement: Placement = ALONE  # on the devices of a mesh
+    overlap: bool = False  # the rows of a layer are two independent halves, see `in_halves`
 
     @classmethod
     def of(cls, config: Config, eos_id: int) -> "Execution":
@@ -69,6 +70,14 @@ class BlockOutput(NamedTuple):
     load: Float[Array, " e"]
     balance_loss: Float[Array, ""]
     fullness: Float[Array, ""]
+
+
+class LayerReports(NamedTuple):
+    """What the layers of a stack return beside their output."""
+
+    load: Float[Array, "layers e"]
+    balance_loss: Float[Array, " layers"]
+    fullness: Float[Array, " layers"]
 
 
 class TokenContext(NamedTuple):
@@ -134,6 +143,26 @@ def rematerialised(f: Callable, policy: str) -> Callable:
     return jax.checkpoint(f, policy=saved, prevent_cse=False)
 
 
+def in_halves(layer: Callable[..., tuple[Any, LayerReports]], overlap: bool) -> Callable[..., tuple[Any, LayerReports]]:
+    """`layer(rows, ...) -> (rows, reports)` over two halves of the rows that do not depend on each other; `rows`: a tree, b leading.
+
+    So the exchanges of one half can run beside the products of the other (V3 sec. 3.4, 3.2.1). Loads add up; a balance
+    loss is a mean over sequences.
+    """
+    if not overlap:
+        return layer
+
+    def halves(rows: Any, *rest: Any) -> tuple[Any, LayerReports]:
+        middle = jax.tree.leaves(rows)[0].shape[0] // 2
+        (x, one), (y, two) = (
+            layer(jax.tree.map(lambda a, part=part: a[part], rows), *rest) for part in (slice(middle), slice(middle, None))
+        )
+        reports = LayerReports(one.load + two.load, (one.balance_loss + two.balance_loss) / 2, jnp.maximum(one.fullness, two.fullness))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, y), reports
+
+    return halves
+
+
 def layer_gatherer(execution: Execution, section: str) -> Callable[[Params], Params]:
     """What turns the parameters of one layer of a section into those that it computes with."""
     gather = execution.placement.gather_layer
@@ -193,14 +222,6 @@ def trunk(params: Params, bias: RouterBias, tokens: Int[Array, "b t"], config: M
     return TrunkOutput(rms_norm(x, params["norm"], config.rms_norm_eps), load, balance_loss, fullness)
 
 
-class LayerReports(NamedTuple):
-    """What the layers of a stack return beside their output."""
-
-    load: Float[Array, "layers e"]
-    balance_loss: Float[Array, " layers"]
-    fullness: Float[Array, " layers"]
-
-
 def scan_blocks(
     stack: Params,
     bias: Float[Array, "layers e"],
@@ -217,11 +238,15 @@ def scan_blocks(
     """
     block, ready = Block(config, execution, is_moe), layer_gatherer(execution, "moe" if is_moe else "dense")
 
-    def layer(x: Array, layer_params: Params, layer_bias: Array) -> tuple[Array, LayerReports]:
-        out = block.apply({"params": ready(layer_params)}, x, layer_bias, context)
+    def layer_of(rows: tuple[Array, TokenContext], layer_params: Params, layer_bias: Array) -> tuple[Array, LayerReports]:
+        out = block.apply({"params": ready(layer_params)}, rows[0], layer_bias, rows[1])
         return out.x, LayerReports(*out[1:])
 
-    layer = rematerialised(layer, execution.remat)
+    halves = in_halves(rematerialised(layer_of, execution.remat), execution.overlap)
+
+    def layer(x: Array, layer_params: Params, layer_bias: Array) -> tuple[Array, LayerReports]:
+        return halves((x, context), layer_params, layer_bias)
+
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
     unroll = execution.remat == "none" and bias.shape[0] <= UNROLLED_LAYERS and jax.default_backend() == "cpu"
     if count is None:

@@ -9,6 +9,7 @@ is not finite leaves parameters, moments and bias alone; one whose tokens did no
 leaves everything as it was, to be made again with larger ones.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ TrainStep = Callable[[TrainState, Int[Array, "micro b row"], Int[Array, ""], Rat
 
 def make_train_step(config: Config, execution: Execution, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainStep:
     """`step(state, rows, n, rates)`: uses the first n micro-batches of `rows` [micro, b, T + 1]. mesh None: one device."""
-    spread = Spread.of(config, execution, mesh)
+    # Only here: batches of an evaluation need not have two rows a device, and gain little.
+    spread = Spread.of(config, dataclasses.replace(execution, overlap=config.parallel.overlap), mesh)
     gradients = spread.over_rows(_make_gradients(config, spread), micro_batches=True, scalars=2, returns_gradients=True)
 
     def step(state: TrainState, rows: Array, n: Array, rates: Rates) -> tuple[TrainState, StepMetrics]:

@@ -32,9 +32,9 @@ STEPS, BATCH = 5, 8
 
 
 @functools.cache
-def train(model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimizer", length=16, schedule="dualpipe", micro=2):
+def train(model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimizer", length=16, schedule="dualpipe", micro=2, overlap=False):
     """State after five steps of `micro` micro-batches, and the metrics of each step."""
-    parallel = ParallelConfig(MeshConfig(*sizes), dispatch, shard=shard, schedule=schedule)
+    parallel = ParallelConfig(MeshConfig(*sizes), dispatch, shard=shard, schedule=schedule, overlap=overlap)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OPTIMIZER, parallel=parallel)
     mesh, optimizer = make_mesh(parallel.mesh), make_optimizer(OPTIMIZER)
     create = functools.partial(create_state, config, optimizer)
@@ -63,6 +63,16 @@ def test_two_hops_and_zero_in_float32():
     load = metrics[0].load.moe
     assert load.min() == 0 and load.max() > 1.5 * load.mean()
     assert load.sum() == 2 * BATCH * 16 * MODEL.num_experts_per_tok  # the bias saw every device's tokens
+
+
+def test_rows_in_two_halves_are_the_same_step():
+    assert_same(train(SMALL, EXACT, (1, 1, 2, 2), "two_hop", overlap=True), train(SMALL, EXACT), 1e-4, 2e-6)
+
+
+@pytest.mark.slow
+def test_rows_in_two_halves_are_the_same_step_of_a_deeper_model():
+    execution = dataclasses.replace(EXACT, remat="selective")
+    assert_same(train(DEEP, execution, (1, 1, 2, 2), "two_hop", overlap=True), train(DEEP, EXACT), 1e-4, 2e-6)
 
 
 SPLIT = [(1, 1, 2, 4), (1, 2, 2, 2)]
