@@ -32,7 +32,9 @@ STEPS, BATCH = 5, 8
 
 
 @functools.cache
-def train(model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimizer", length=16, schedule="dualpipe", micro=2, overlap=False):
+def train(
+    model, execution, sizes=(1, 1, 1, 1), dispatch="direct", shard="optimizer", length=16, schedule="dualpipe", micro=2, overlap=False
+):
     """State after five steps of `micro` micro-batches, and the metrics of each step."""
     parallel = ParallelConfig(MeshConfig(*sizes), dispatch, shard=shard, schedule=schedule, overlap=overlap)
     config = dataclasses.replace(CONFIG, model=model, optimizer=OPTIMIZER, parallel=parallel)
