@@ -11,7 +11,7 @@ from dsv3_jax.config import MeshConfig, ParallelConfig
 from dsv3_jax.model.picks import picked_experts
 from dsv3_jax.model.transformer import Execution, trunk
 from dsv3_jax.parallel.expert import make_hops
-from experiments.bench.traffic import nodes_a_token, random_picks, rows_sent
+from experiments.bench.traffic import compiled_bytes, nodes_a_token, random_picks, rows_sent
 from tests import small
 from tests.test_cli import assert_refused, run
 
@@ -44,12 +44,10 @@ def test_nodes_of_a_token():
 
 @pytest.mark.parametrize("bound", [None, 1.5])
 def test_the_compiled_program_sends_the_blocks_of_the_plan(bound):
-    from experiments.bench.dispatch import _compiled
-
     train = dataclasses.replace(small.TRAIN, sequence_length=32)
     config = dataclasses.replace(small.CONFIG, model=ROUTING, train=train, parallel=ParallelConfig(MESH))
     for mode, precision in (("direct", "bf16"), ("two_hop", "fp8")):
-        one = _compiled(config, mode, precision, bound, 32)
+        one = compiled_bytes(config, mode, precision == "fp8", bound, 32)
         assert one["compiled_bytes"] == pytest.approx(one["planned_bytes"])
         assert all(size > 0 for size in one["compiled_bytes"].values())
 

@@ -52,6 +52,8 @@ def main() -> int:
 
 def measure(config: Config, workdir: Path | None, bound: float) -> dict[str, Any]:
     """All numbers: rows and bytes a token, seconds a layer's forward pass of a device's tokens."""
+    from experiments.bench import traffic
+
     mesh, train = config.parallel.mesh, config.train
     tokens = train.micro_batch_size * train.sequence_length // mesh.batch_devices
     if mesh.expert_devices == 1:
@@ -59,7 +61,8 @@ def measure(config: Config, workdir: Path | None, bound: float) -> dict[str, Any
     return {
         "nodes": mesh.node, "gpus": mesh.gpu, "tokens": tokens, "dtype": train.compute_dtype,
         "routers": {name: _price(config, picks, tokens) for name, picks in _routers(config, workdir)},
-        "compiled": [_compiled(config, mode, precision, limit, tokens)
+        "compiled": [{"dispatch": mode, "precision": precision, "bound": limit}
+                     | traffic.compiled_bytes(config, mode, precision == "fp8", limit, tokens)
                      for mode in MODES for precision in PRECISIONS for limit in (None, bound)],
     }  # fmt: skip
 
@@ -126,50 +129,6 @@ def _price(config: Config, picks: Any, tokens: int) -> dict[str, Any]:
             result["sent"].append({"dispatch": mode, "precision": precision, "rows": rows, "dispatch_bytes": dispatched,
                                    "combine_bytes": {axis: count * back for axis, count in rows.items()}, "seconds": seconds})  # fmt: skip
     return result
-
-
-def _compiled(config: Config, mode: str, precision: str, bound: float | None, tokens: int) -> dict[str, Any]:
-    """Bytes a token of the compiled forward pass of one layer's experts, and what blocks of the plan's size come to."""
-    from dsv3_jax.parallel.expert import Placement, make_hops
-    from dsv3_jax.parallel.mesh import BATCH_AXES, make_mesh
-    from experiments.bench.collectives import collectives, totals
-    from experiments.bench.hlo import parse
-    from experiments.bench.traffic import padded_rows, row_bytes
-
-    m, mesh = config.model, config.parallel.mesh
-    placement = Placement(BATCH_AXES, make_hops(mode, mesh, m), bound)
-    sizes = dict(make_mesh(mesh).shape)
-    text = compile_layer(config, placement, precision == "fp8", tokens).as_text()
-    sent = totals(collectives(parse(text), sizes))["all-to-all"]
-    rows = padded_rows(tokens, m.num_experts_per_tok, placement, mesh)
-    row = sum(row_bytes(m.hidden_size, m.num_experts_per_tok, config.train.compute_dtype, precision == "fp8"))
-    return {"dispatch": mode, "precision": precision, "bound": bound,
-            "compiled_bytes": {axis: sent.get(axis, 0.0) / tokens for axis in rows},
-            "planned_bytes": {axis: count * row for axis, count in rows.items()}}  # fmt: skip
-
-
-def compile_layer(config: Config, placement: Any, fp8: bool, tokens: int) -> Any:
-    """The experts of one layer over the mesh, forward, without their products, compiled for `tokens` a device from shapes alone."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import PartitionSpec as P
-
-    from dsv3_jax.parallel.expert import combine_tokens, dispatch_tokens
-    from dsv3_jax.parallel.mesh import BATCH_AXES, make_mesh
-
-    m, mesh = config.model, make_mesh(config.parallel.mesh)
-
-    def layer(x: Any, experts: Any, gates: Any) -> Any:
-        arrived = dispatch_tokens(x, experts, gates, m.n_routed_experts, placement, fp8)
-        # Something that needs the gates and the numbers of experts, as the products do.
-        return combine_tokens(
-            arrived.x * (arrived.gates * arrived.experts).sum(1, keepdims=True).astype(x.dtype), arrived.plans, placement, fp8
-        )
-
-    mapped = jax.shard_map(layer, mesh=mesh, in_specs=(P(BATCH_AXES),) * 3, out_specs=P(BATCH_AXES), check_vma=False)
-    n, k = tokens * mesh.devices.size, m.num_experts_per_tok
-    shapes = ((n, m.hidden_size), config.train.compute_dtype), ((n, k), jnp.int32), ((n, k), jnp.float32)
-    return jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
 
 
 def render(report: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Rows and bytes that dispatch and combine send between devices, from their plans; nothing is sent.
+"""Rows and bytes that dispatch and combine send between devices, from their plans and from the compiled program; nothing is sent.
 
 A row counts for the outermost of `node` and `gpu` in which its sender and its receiver differ. A row that stays on its device counts for
 neither.
@@ -6,15 +6,19 @@ neither.
 
 import functools
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
-from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.parallel.expert import Hop, Placement, block_sizes, pack, plan_hop
-from dsv3_jax.parallel.mesh import EXPERT_AXES
+from dsv3_jax.config import Config, MeshConfig, ModelConfig
+from dsv3_jax.parallel.expert import Hop, Placement, block_sizes, combine_tokens, dispatch_tokens, make_hops, pack, plan_hop
+from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES, make_mesh
+from experiments.bench.collectives import collectives, totals
+from experiments.bench.hlo import parse
 
 Place = dict[str, int]  # index along each of EXPERT_AXES
 MOST_SENDERS = 8  # devices whose plans are made; each has thousands of tokens
@@ -88,3 +92,33 @@ def random_picks(key: Array, tokens: int, model: ModelConfig) -> Int[Array, "tok
     from dsv3_jax.model.router import choose_experts
 
     return choose_experts(jax.random.uniform(key, (tokens, model.n_routed_experts)), model)
+
+
+def compiled_bytes(config: Config, mode: str, fp8: bool, bound: float | None, tokens: int) -> dict[str, dict[str, float]]:
+    """Bytes a token of the compiled forward pass of one layer's experts, and what blocks of the plan's size come to."""
+    m, mesh = config.model, config.parallel.mesh
+    placement = Placement(BATCH_AXES, make_hops(mode, mesh, m), bound)
+    sizes = dict(make_mesh(mesh).shape)
+    sent = totals(collectives(parse(compile_layer(config, placement, fp8, tokens).as_text()), sizes))["all-to-all"]
+    rows = padded_rows(tokens, m.num_experts_per_tok, placement, mesh)
+    row = sum(row_bytes(m.hidden_size, m.num_experts_per_tok, config.train.compute_dtype, fp8))
+    return {
+        "compiled_bytes": {axis: sent.get(axis, 0.0) / tokens for axis in rows},
+        "planned_bytes": {axis: count * row for axis, count in rows.items()},
+    }
+
+
+def compile_layer(config: Config, placement: Placement, fp8: bool, tokens: int) -> Any:
+    """The experts of one layer over the mesh, forward, without their products, compiled for `tokens` a device from shapes alone."""
+    m, mesh = config.model, make_mesh(config.parallel.mesh)
+
+    def layer(x: Array, experts: Array, gates: Array) -> Array:
+        arrived = dispatch_tokens(x, experts, gates, m.n_routed_experts, placement, fp8)
+        # Something that needs the gates and the numbers of experts, as the products do.
+        used = (arrived.gates * arrived.experts).sum(1, keepdims=True).astype(x.dtype)
+        return combine_tokens(arrived.x * used, arrived.plans, placement, fp8)
+
+    mapped = jax.shard_map(layer, mesh=mesh, in_specs=(P(BATCH_AXES),) * 3, out_specs=P(BATCH_AXES), check_vma=False)
+    n, k = tokens * mesh.devices.size, m.num_experts_per_tok
+    shapes = ((n, m.hidden_size), config.train.compute_dtype), ((n, k), jnp.int32), ((n, k), jnp.float32)
+    return jax.jit(mapped).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()

@@ -65,6 +65,7 @@ def assert_equal(schedule, config, execution):
 UNEVEN = {"first_k_dense_replace": 2, "aux_loss_alpha": 0.05}
 
 
+@pytest.mark.slow
 def test_dualpipe_gives_the_gradients_and_losses_of_the_unpipelined_model():
     assert_equal(make_schedule("dualpipe", 2, 6), small.model(num_hidden_layers=5, **UNEVEN), Execution(document_eos=0, remat="full"))
 
