@@ -1,5 +1,7 @@
 """The compiled step as text: what it sends, how often, along which axes; and the command that compiles without allocating."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +110,17 @@ def test_the_command_compiles_for_devices_that_are_not_there():
 def test_refusals_of_the_command():
     assert_refused(run("bench.compile", "--config=tests/micro_config.py", "--target=missing.txt"), "--target", "missing.txt")
     assert_refused(run("bench.compile", "--config=tests/micro_config.py", "--json=missing/x.json"), "--json", "missing")
+
+
+@pytest.mark.slow
+def test_scaling_gathers_each_parameter_once_whatever_the_mesh(tmp_path):
+    sizes = [f"--config.train.{name}=8" for name in ("micro_batch_size", "batch_size", "batch_size_start")]
+    out = tmp_path / "scaling.json"
+    done = run("bench.scaling", "--config=tests/micro_config.py", "--host_devices=8", "--steps=1", f"--json={out}", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "Fake devices share the cores" in done.stdout
+    meshes = json.loads(out.read_text())["meshes"]
+    assert [one["devices"] for one in meshes] == [1, 2, 4, 8] and not meshes[0]["sent_bytes"]
+    gathered = [sum(one["sent_bytes"]["all-gather"].values()) * one["devices"] / (one["devices"] - 1) for one in meshes[1:]]
+    assert gathered == pytest.approx([gathered[0]] * 3)
+    assert [one["nll"] for one in meshes] == pytest.approx([meshes[0]["nll"]] * 4, rel=1e-6)
