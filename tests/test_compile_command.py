@@ -122,5 +122,5 @@ def test_scaling_gathers_each_parameter_once_whatever_the_mesh(tmp_path):
     meshes = json.loads(out.read_text())["meshes"]
     assert [one["devices"] for one in meshes] == [1, 2, 4, 8] and not meshes[0]["sent_bytes"]
     gathered = [sum(one["sent_bytes"]["all-gather"].values()) * one["devices"] / (one["devices"] - 1) for one in meshes[1:]]
-    assert gathered == pytest.approx([gathered[0]] * 3)
+    assert gathered == pytest.approx([gathered[0]] * 3, rel=1e-3)  # a norm that eight devices do not divide is cut in fewer parts
     assert [one["nll"] for one in meshes] == pytest.approx([meshes[0]["nll"]] * 4, rel=1e-6)
