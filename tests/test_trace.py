@@ -1,0 +1,54 @@
+"""Time of collectives that other kernels run beside, and the command that trains on several meshes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.bench.trace import Kernels, both, draw, length, overlap, union
+from tests.test_cli import assert_refused, run
+
+
+def test_spans_against_counting_milliseconds():
+    rng = np.random.default_rng(0)
+    a, b = (np.stack([start := rng.integers(0, 80, 12), start + rng.integers(0, 9, 12)], 1).astype(float) for _ in range(2))
+    covered = [np.array([any(s <= t < e for s, e in spans) for t in range(100)]) for spans in (a, b)]
+    assert length(a) == covered[0].sum() and both(a, b) == (covered[0] & covered[1]).sum()
+    assert (np.diff(union(a).ravel())[1::2] > 0).all()
+
+
+def test_a_collective_is_hidden_only_beside_what_is_none():
+    names = ["gemm", "ncclDevKernel_SendRecv(x)", "ncclDevKernel_AllGather_RING_LL(x)", "fusion"]
+    kernels = Kernels(names, np.array([[0, 4], [3, 9], [8, 12], [20, 21]], float))
+    assert overlap([kernels]) == (13, 9, 1, 6, 1)
+    lanes = draw({"GPU:0": kernels, "GPU:1": kernels}, "", 10).axes[0]
+    assert lanes.get_xlim() == (0, 10) and [text.get_text() for text in lanes.get_yticklabels()] == ["GPU:0", "GPU:1"]
+
+
+@pytest.mark.slow
+def test_variants_train_on_the_same_rows(tmp_path):
+    sizes = [f"--config.train.{name}={size}" for name, size in (("micro_batch_size", 2), ("batch_size", 8), ("batch_size_start", 8))]
+    out = tmp_path / "meshes.json"
+    variants = ["--variant=one", "--variant=two: parallel.mesh.gpu=2 parallel.dispatch_bound=2.0", "--variant=pipe: parallel.mesh.pipe=2"]
+    done = run("bench.meshes", "--config=tests/micro_config.py", "--host_devices=2", "--steps=4", f"--json={out}", *variants, *sizes)
+    assert done.returncode == 0, done.stderr
+    one, two, pipe = json.loads(out.read_text())["variants"].values()
+    assert one["losses"][0] > one["losses"][-1]
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    np.testing.assert_allclose(pipe["losses"], one["losses"], rtol=1e-5)
+    assert sum(two["sent_bytes"]["all-to-all"].values()) > 0 and one["trace"] is None
+
+
+@pytest.mark.slow
+def test_transports_send_what_the_plan_says():
+    done = run("bench.transports", "--config=tests/micro_config.py", "--host_devices=2", "--config.parallel.mesh.gpu=2")
+    assert done.returncode == 0, done.stderr
+    assert "combine, bf16, bound None" in done.stdout
+
+
+def test_refusals():
+    command = ("bench.meshes", "--config=tests/micro_config.py")
+    assert_refused(run(*command), "--variant")
+    assert_refused(run(*command, "--variant=a: parallel.mesh.gpus=2"), "config.parallel.mesh.gpus")
+    assert_refused(run(*command, "--variant=a: gpu"), "--variant")
+    assert_refused(run("bench.transports", "--config=tests/micro_config.py"), "config.parallel.mesh")
