@@ -38,8 +38,8 @@ def trace(run: Callable[[], Any], folder: Path) -> dict[str, Kernels]:
     found = {}
     for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            if plane.name.startswith("/device:GPU:"):
-                found[plane.name.removeprefix("/device:")] = _kernels(plane)
+            if plane.name.startswith("/device:GPU:") and (kernels := _kernels(plane)).names:  # a GPU may be idle
+                found[plane.name.removeprefix("/device:")] = kernels
     return dict(sorted(found.items()))
 
 
