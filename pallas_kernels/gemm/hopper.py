@@ -67,6 +67,8 @@ class Product:
         return self.groups in ("masked", "contraction")
 
 
+# Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
+@functools.partial(jax.jit, static_argnames=("product", "config", "n_groups", "sm_count", "interpret"))
 def multiply(
     product: Product,
     config: TuningConfig,

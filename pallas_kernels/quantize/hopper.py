@@ -15,6 +15,7 @@ lines are padded to whole tiles.
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,13 @@ class TuningConfig:
 
 DEFAULT = TuningConfig()
 
+
+def _once(f: Callable) -> Callable:
+    """Traces f once for each shape, whoever calls: kernels that differ in source locations alone would all be compiled."""
+    static = {"power_of_two", "act_power_of_two", "config", "interpret"}
+    return jax.jit(f, static_argnames=tuple(name for name in inspect.signature(f).parameters if name in static))
+
+
 # Sizes of training: kernel, shape, dtype. Of `swiglu_*` the shape is that of hidden.
 PRODUCTION = [
     ("quantize_rows", (32768, 7168), "bfloat16"),
@@ -62,6 +70,7 @@ PRODUCTION = [
 ]
 
 
+@_once
 def quantize_rows(x: Array, power_of_two: bool, config: TuningConfig = DEFAULT, interpret: Any = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.quantize_rows`."""
     rows, x = x.shape[0], _eights(x)
@@ -99,6 +108,7 @@ def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, pow
     )
 
 
+@_once
 def quantize_both(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.quantize_both`."""
     rows, x = x.shape[0], _eights(x)
@@ -146,6 +156,7 @@ def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s
     )
 
 
+@_once
 def quantize_blocks(w: Array, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.quantize_blocks`."""
     if w.ndim == 2:
@@ -188,6 +199,7 @@ def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values
     _store([(values_s, values.at[expert, _block(i), _block(j)]), (values_t_s, values_t.at[expert, _block(j), _block(i)])])
 
 
+@_once
 def retile(values: Array, scales: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.retile`."""
     values = _eights(values)
@@ -220,6 +232,7 @@ def _retile_body(values, scales, values_t, scales_t, *, values_s, scales_s, valu
     _store([(values_t_s, values_t.at[_block(j), _block(i)]), (scales_t_s, scales_t.at[i, _block(j)])])
 
 
+@_once
 def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.swiglu_quantize`."""
     rows, hidden = hidden.shape[0], _eights(hidden)
@@ -271,6 +284,7 @@ def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, p
     )
 
 
+@_once
 def swiglu_backward(
     hidden: Array,
     scales: Array,

@@ -96,3 +96,16 @@ def test_errors_name_the_field(call, words):
 def test_a_kernel_refuses_what_it_cannot_take(call):
     with pytest.raises(NotImplementedError, match="use the reference"):
         call()
+
+
+def test_two_callers_share_one_kernel():
+    """A kernel's module holds source locations; a second module would be compiled for a second and a half."""
+
+    def first(x):
+        return ops.quantize_rows(x, impl="pallas")[0]
+
+    def step(x):
+        return first(x), ops.quantize_rows(x, impl="pallas")[1]
+
+    text = jax.jit(step).trace(jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+    assert len({line.split("{", 1)[1] for line in text.splitlines() if "custom_call @mosaic_gpu" in line}) == 1
