@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.bench.trace import Kernels, both, draw, length, overlap, union
+from experiments.bench.trace import Kernels, both, by_name, draw, length, overlap, union
 from tests.test_cli import assert_refused, run
 
 
@@ -21,6 +21,7 @@ def test_a_collective_is_hidden_only_beside_what_is_none():
     names = ["gemm", "ncclDevKernel_SendRecv(x)", "ncclDevKernel_AllGather_RING_LL(x)", "fusion"]
     kernels = Kernels(names, np.array([[0, 4], [3, 9], [8, 12], [20, 21]], float))
     assert overlap([kernels]) == (13, 9, 1, 6, 1)
+    assert by_name([kernels, kernels]) == {"ncclDevKernel_SendRecv": 6, "gemm": 4, "ncclDevKernel_AllGather_RING_LL": 4, "fusion": 1}
     lanes = draw({"GPU:0": kernels, "GPU:1": kernels}, "", 10).axes[0]
     assert lanes.get_xlim() == (0, 10) and [text.get_text() for text in lanes.get_yticklabels()] == ["GPU:0", "GPU:1"]
 

@@ -1,10 +1,11 @@
-"""Speed of the products for Hopper at the sizes of DeepSeek-V3, with their error, beside XLA's bfloat16 product.
+"""Speed of the products for Hopper at the sizes of DeepSeek-V3, with their error, beside XLA's and, where installed, PyTorch's.
 
     uv run -m experiments.bench.kernels
 
 Times are those of the kernel alone, from CUPTI: medians of calls with a cold L2 (a large buffer is written before each)
 and of calls back to back. Random operands. The error is relative, by Frobenius norm, against a float32 product of the
-dequantized operands, on the first rows. Needs a Hopper GPU.
+dequantized operands, on the first rows. PyTorch's block-scaled product (cuBLASLt, the same scales) is timed by events after
+a flush of L2. Needs a Hopper GPU.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from experiments.bench.timing import draw, kernel_seconds, require_hopper
 ONLY = flags.DEFINE_string("only", "", "Time only rows whose name holds this.")
 DENSE = [(4096, 2112, 7168), (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168), (4096, 7168, 2048),
          (8192, 8192, 8192), (64, 7168, 16384), (128, 7168, 16384)]  # fmt: skip
-GROUPS = [(4, 8192), (32, 1024)]
+GROUPS = [(4, 8192), (8, 4096), (32, 1024)]
+UNEVEN = 256  # experts whose loads follow a power law
 EXPERT = [(4096, 7168), (7168, 2048)]
 WGRAD = [(7168, 4096, 4096), (2048, 7168, 4096)]
 
@@ -32,7 +34,7 @@ class Row:
     run: Callable[..., Any]
     shapes: tuple[tuple[tuple[int, ...], str], ...]
     flops: int
-    experts: int = 0  # a last operand says which of them owns each 128 rows
+    owners: Any = None  # a last operand: which expert owns each 128 rows
     exact: bool = False  # whether the error is to be computed
 
 
@@ -42,11 +44,15 @@ def main() -> int:
     for row in rows():
         if ONLY.value in row.name:
             print(line(row), flush=True)
+    for m, n, k in DENSE:
+        if ONLY.value in f"PyTorch {m},{n},{k}":
+            print(f"{f'PyTorch, block-scaled {m},{n},{k}':<44} {torch_rate(m, n, k)}", flush=True)
     return 0
 
 
 def rows() -> list[Row]:
     """The table, by kind of product."""
+    import jax
     import jax.numpy as jnp
 
     from pallas_kernels import gemm, grouped_gemm
@@ -59,18 +65,26 @@ def rows() -> list[Row]:
         shapes = ((m, k), f8), ((scales, mp), f32), ((n, k), f8), ((-(-n // 128), scales), f32)
         table.append(Row(f"gemm {m},{n},{k}", gemm.gemm, shapes, 2 * m * n * k, exact=True))
         table.append(Row(f"XLA bfloat16 {m},{n},{k}", lambda a, b: a @ b.T, (((m, k), bf16), ((n, k), bf16)), 2 * m * n * k))
+        whole = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=bf16)  # noqa: E731
+        table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k))
     for m, n, k in WGRAD:
         shapes = ((m, k), f8), ((k // 128, m), f32), ((n, k), f8), ((k // 128, n), f32)
         table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k))
         table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, (*shapes, ((m, n), f32)), 2 * m * n * k))
     for e, each in GROUPS:
         for n, k in EXPERT:
-            m, together = e * each, each // 128
+            m, together, owners = e * each, each // 128, jnp.repeat(jnp.arange(e, dtype=jnp.int32), each // 128)
             shapes = ((m, k), f8), ((k // 128, m), f32), ((e, n, k), f8), ((e, -(-n // 128), k // 128), f32)
             grouped = lambda a, sa, b, sb, owner, t=together: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, t)  # noqa: E731
             half = lambda a, b, owner, t=together: grouped_gemm.grouped_gemm_bf16(a, b, owner, t)  # noqa: E731
-            table.append(Row(f"grouped {e} x {each},{n},{k}", grouped, shapes, 2 * m * n * k, e))
-            table.append(Row(f"grouped bfloat16 {e} x {each},{n},{k}", half, (((m, k), bf16), ((e, n, k), bf16)), 2 * m * n * k, e))
+            table.append(Row(f"grouped {e} x {each},{n},{k}", grouped, shapes, 2 * m * n * k, owners))
+            table.append(Row(f"grouped bfloat16 {e} x {each},{n},{k}", half, (((m, k), bf16), ((e, n, k), bf16)), 2 * m * n * k, owners))
+    owners = _uneven(256)
+    for n, k in EXPERT:
+        m = 128 * len(owners)
+        shapes = ((m, k), f8), ((k // 128, m), f32), ((UNEVEN, n, k), f8), ((UNEVEN, -(-n // 128), k // 128), f32)
+        uneven = lambda a, sa, b, sb, owner: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, 1)  # noqa: E731
+        table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, owners))
     e, m, n, k = 4, 4096, 7168, 8192
     shapes = ((m, e * k), f8), ((e * k // 128, m), f32), ((n, e * k), f8), ((e * k // 128, n), f32)
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
@@ -78,14 +92,45 @@ def rows() -> list[Row]:
     return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, 2 * e * m * n * k)]
 
 
-def line(row: Row) -> str:
-    """Times one product."""
+def _uneven(tiles: int) -> Any:
+    """The owner of each of so many tiles of 128 rows; about half of the experts own none."""
     import jax
     import jax.numpy as jnp
 
+    popularity = -1.2 * jnp.log1p(jnp.arange(UNEVEN))
+    return jnp.sort(jax.random.categorical(jax.random.key(0), popularity, shape=(tiles,))).astype(jnp.int32)
+
+
+def torch_rate(m: int, n: int, k: int) -> str:
+    """TFLOP/s of cuBLASLt's product with 1x128 and 128x128 scales, through PyTorch, or why there is none."""
+    try:
+        import torch
+        from torch.nn.functional import ScalingType, scaled_mm
+        from triton.testing import do_bench
+    except ImportError as error:
+        return f"not installed ({error})"
+    a, b = (torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n))
+    a_scales = torch.rand(k // 128, m, device="cuda").t()  # rows are neighbours, as cuBLASLt wants them
+    b_scales = torch.rand(-(-n // 128), k // 128, device="cuda").t()
+    kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+
+    def run() -> Any:
+        return scaled_mm(a, b.t(), a_scales, kinds[0], b_scales, kinds[1], output_dtype=torch.bfloat16)
+
+    try:
+        milliseconds = do_bench(run, return_mode="median")
+    except RuntimeError as error:  # shapes that cuBLASLt has no product for
+        return f"refused: {str(error).splitlines()[0][:60]}"
+    return f"{2 * m * n * k / milliseconds / 1e9:>7.0f}"
+
+
+def line(row: Row) -> str:
+    """Times one product."""
+    import jax
+
     operands = [draw(i, *shape) for i, shape in enumerate(row.shapes)]
-    if row.experts:
-        operands.append(jnp.arange(row.shapes[0][0][0] // 128, dtype=jnp.int32) * row.experts * 128 // row.shapes[0][0][0])
+    if row.owners is not None:
+        operands.append(row.owners)
     run = jax.jit(row.run)
     cold, warm = (kernel_seconds(run, operands, clear) for clear in (True, False))
     rate = [row.flops / seconds / 1e12 for seconds in (cold, warm)]

@@ -32,6 +32,7 @@ FIGURES = flags.DEFINE_string("figures", None, "Folder to draw the traces to, on
 JSON = flags.DEFINE_string("json", None, "File to write all numbers to, losses too.")
 WARM = 2  # steps before the timed ones
 TRACED = 2
+KERNELS = 12  # of each variant, in the table
 
 
 def main() -> int:
@@ -89,7 +90,7 @@ def measure(name: str, config: Config, steps: int, workdir: Path) -> dict[str, A
     from dsv3_jax.training.trainer import Trainer
     from experiments.bench.collectives import collectives, totals
     from experiments.bench.hlo import parse
-    from experiments.bench.trace import trace
+    from experiments.bench.trace import by_name, trace
 
     trainer = Trainer(config, workdir)
     trainer.compile()
@@ -117,6 +118,7 @@ def measure(name: str, config: Config, steps: int, workdir: Path) -> dict[str, A
         "planned_bytes": _planned(trainer.train_step),
         "sent_bytes": totals(collectives(parse(trainer.train_step.as_text() or ""), dict(trainer.mesh.shape))),
         "trace": _traced(gpus),
+        "kernels": {kind: ms / TRACED for kind, ms in by_name(gpus.values()).items()},
     }
     trainer.close()
     return result
@@ -145,7 +147,7 @@ def _draw(name: str, gpus: Any, step_seconds: float) -> None:
 
 def render(variants: dict[str, dict[str, Any]]) -> str:
     """Losses beside the first variant's, and speed."""
-    return "\n\n".join("\n".join(part) for part in (_speed(variants), _collectives(variants)))
+    return "\n\n".join("\n".join(part) for part in (_speed(variants), _collectives(variants), _kernels(variants)))
 
 
 def _speed(variants: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -180,6 +182,17 @@ def _collectives(variants: dict[str, dict[str, Any]]) -> Iterator[str]:
         ))  # fmt: skip
     yield table(rows, "<" + ">" * 7)
     yield "Times by the profiler, waiting for the other device included. Hidden: the share with another kernel beside it."
+
+
+def _kernels(variants: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the longest kernels of any variant take in all of them."""
+    longest = sorted({kind for one in variants.values() for kind in list(one["kernels"])[:KERNELS]})
+    order = sorted(longest, key=lambda kind: -max(one["kernels"].get(kind, 0.0) for one in variants.values()))
+    if order:
+        rows = [("ms a step", *variants)]
+        rows += [(kind[:50], *(f"{one['kernels'].get(kind, 0.0):.1f}" for one in variants.values())) for kind in order]
+        rest = [sum(ms for kind, ms in one["kernels"].items() if kind not in order) for one in variants.values()]
+        yield table([*rows, ("the rest", *(f"{ms:.1f}" for ms in rest))], "<" + ">" * len(variants))
 
 
 def _share(part: float, whole: float) -> str:

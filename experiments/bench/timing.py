@@ -14,6 +14,15 @@ def matmul_rate(dtype: str) -> float:
     return 2 * n**3 / median_seconds(jax.jit(lambda x, y: x @ y), a, b)
 
 
+def copy_rate() -> float:
+    """Bytes a second that a copy of a gigabyte reads and writes: the limit of what moves memory only."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.random.bits(jax.random.key(0), (2**28 if jax.default_backend() != "cpu" else 2**24,), jnp.uint32)
+    return 2 * x.nbytes / median_seconds(jax.jit(lambda x: x + jnp.uint32(1)), x)
+
+
 def median_seconds(f: Callable[..., Any], *arguments: Any, repeats: int = 20) -> float:
     """Median time of a call, in batches of five so that dispatch does not count; the first batches warm up."""
     import jax

@@ -1,5 +1,6 @@
 """What a profiler trace of GPUs says of collectives: how long they take, and how much of that other kernels run beside."""
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,17 @@ def overlap(gpus: Iterable[Kernels]) -> Overlap:
         sent, exchanged = kernels.where(is_collective), kernels.where(is_all_to_all)
         rows.append((length(kernels.spans), length(sent), both(sent, other), length(exchanged), both(exchanged, other)))
     return Overlap(*np.mean(rows, 0).tolist())
+
+
+def by_name(gpus: Iterable[Kernels]) -> dict[str, float]:
+    """Time of kernels of one kind, a mean over GPUs, the longest first, ms. A name ends before its numbers and parameters."""
+    sums: dict[str, float] = {}
+    gpus = list(gpus)
+    for kernels in gpus:
+        for name, (start, end) in zip(kernels.names, kernels.spans.tolist(), strict=True):
+            kind = re.sub(r"(_\d+)+(?=_|$)", "", re.split(r"[(<]", name)[0])
+            sums[kind] = sums.get(kind, 0.0) + (end - start) / len(gpus)
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def draw(gpus: dict[str, Kernels], title: str, longest: float) -> Any:
