@@ -148,5 +148,6 @@ def test_dualpipe_with_data_node_and_gpu_equals_one_device(sizes, dispatch):
 
 
 @pytest.mark.slow
-def test_dualpipe_in_fp8_equals_the_same_mesh_without_it_but_for_rounding():
-    assert_close(TWO, 0.3, *(train(TWO, FP8, sizes, length=128, micro=6) for sizes in ((2, 1, 1, 2), (1, 1, 1, 2))))
+@pytest.mark.parametrize("model", [TWO, DEEP], ids=["two layers", "a dense layer and MTP"])
+def test_dualpipe_in_fp8_equals_the_same_mesh_without_it_but_for_rounding(model):
+    assert_close(model, 0.3, *(train(model, FP8, sizes, length=128, micro=6) for sizes in ((2, 1, 1, 2), (1, 1, 1, 2))))
