@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache, init_cache
-from dsv3_jax.inference.sampling import sample
+from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import Store, contiguous
 from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, embed, logits
@@ -118,7 +118,7 @@ def generate(
     cache = init_cache(config, len(prompts), max(slots, padded.shape[1]), execution.dtype)
     scores, cache = prefill(params, bias, jnp.asarray(padded), jnp.asarray(lengths), cache, config, execution)
     for i in range(max_new_tokens):
-        tokens = _sample(scores, jax.random.fold_in(key, i), temperature, top_p)
+        tokens = _sample(scores, jax.random.fold_in(key, i), Sampling(temperature, top_p))
         yield np.asarray(tokens)
         if i + 1 < max_new_tokens:
             scores, cache = decode_step(params, bias, tokens, jnp.asarray(lengths + i), cache, config, execution)

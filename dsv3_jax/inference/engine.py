@@ -9,18 +9,18 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Int, UInt32
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.decode import forward_stored
 from dsv3_jax.inference.paged import NOBODY, init_pages, paged
-from dsv3_jax.inference.sampling import sample
+from dsv3_jax.inference.sampling import GREEDY, Sampling, sample
 from dsv3_jax.model.transformer import Execution, Params, RouterBias, logits
 
 
@@ -33,14 +33,6 @@ class EngineSettings:
     page_size: int = 64  # tokens
     chunk: int = 128  # prompt tokens read in a step
     fp8: bool = False  # c_kv in E4M3
-
-
-class Sampling(NamedTuple):
-    """How the tokens of a request, or of every row, are drawn."""
-
-    temperature: Float[Array | np.ndarray, " b"] | float
-    top_p: Float[Array | np.ndarray, " b"] | float
-    seed: UInt32[Array | np.ndarray, " b"] | int
 
 
 class NewToken(NamedTuple):
@@ -57,6 +49,7 @@ class _Sequence:
     prompt: list[int]
     max_new_tokens: int
     sampling: Sampling
+    seed: int
     eos_ids: frozenset[int]
     pages: list[int] = dataclasses.field(default_factory=list)
     read: int = 0  # tokens in the cache
@@ -73,6 +66,7 @@ def forward_pages(
     last: Int[Array, " b"],
     table: Int[Array, "b n"],
     sampling: Sampling,
+    seeds: UInt32[Array, " b"],
     cache: Cache,
     config: ModelConfig,
     execution: Execution,
@@ -86,10 +80,10 @@ def forward_pages(
     rows = jnp.arange(len(last))
     scores = logits(params, hidden[rows, last])
 
-    def draw(scores: Array, position: Array, temperature: Any, top_p: Any, seed: Any) -> Array:
-        return sample(scores[None], jax.random.fold_in(jax.random.key(seed), position), temperature, top_p)[0]
+    def draw(scores: Array, position: Array, sampling: Sampling, seed: Array) -> Array:
+        return sample(scores[None], jax.random.fold_in(jax.random.key(seed), position), sampling)[0]
 
-    return jax.vmap(draw)(scores, positions[rows, last], sampling.temperature, sampling.top_p, sampling.seed), cache
+    return jax.vmap(draw)(scores, positions[rows, last], sampling, seeds), cache
 
 
 class Engine:
@@ -139,8 +133,8 @@ class Engine:
         if pages >= self._settings.pages:
             raise ValueError(f"{total} tokens need {pages} pages, the pool has {self._settings.pages - 1}; give it more")
         self._requests += 1
-        sampling = Sampling(temperature, top_p, seed)
-        self._waiting.append(_Sequence(self._requests, list(prompt), max_new_tokens, sampling, frozenset(eos_ids)))
+        sampling = Sampling(temperature, top_p)
+        self._waiting.append(_Sequence(self._requests, list(prompt), max_new_tokens, sampling, seed, frozenset(eos_ids)))
         return self._requests
 
     def cancel(self, request: int) -> None:
@@ -196,10 +190,9 @@ class Engine:
         for line, sequence in zip(table, rows, strict=True):
             if sequence:
                 line[: len(sequence.pages)] = sequence.pages
-        settings = [s.sampling if s else Sampling(0.0, 1.0, 0) for s in rows]
-        dtypes = (np.float32, np.float32, np.uint32)
-        sampling = Sampling(*(np.array(column, dtype) for column, dtype in zip(zip(*settings, strict=True), dtypes, strict=True)))
-        drawn, self._cache = forward_pages(*self._model, tokens, positions, last, table, sampling, self._cache, *self._static)
+        sampling = Sampling(*np.array([s.sampling if s else GREEDY for s in rows], np.float32).T)
+        seeds = np.array([s.seed if s else 0 for s in rows], np.uint32)
+        drawn, self._cache = forward_pages(*self._model, tokens, positions, last, table, sampling, seeds, self._cache, *self._static)
         return np.asarray(drawn).tolist()
 
     def _took(self, sequence: _Sequence, token: int) -> NewToken:

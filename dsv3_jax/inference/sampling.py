@@ -1,11 +1,26 @@
 """Choosing the next token from scores."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+Number = Float[Array | np.ndarray, "..."] | float
 
-def top_p_mask(scores: Float[Array, "b v"], top_p: Float[Array, ""] | float) -> Float[Array, "b v"]:
+
+class Sampling(NamedTuple):
+    """How tokens are drawn; of arrays [b], each row its own way."""
+
+    temperature: Number = 0.0  # 0: the most likely token
+    top_p: Number = 1.0
+
+
+GREEDY = Sampling()
+
+
+def top_p_mask(scores: Float[Array, "b v"], top_p: Number) -> Float[Array, "b v"]:
     """The scores, -inf outside the smallest set of most likely tokens whose probability reaches `top_p`; the likeliest always stays."""
     order = jnp.argsort(scores, axis=-1, descending=True)
     sorted_probabilities = jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1)
@@ -15,18 +30,17 @@ def top_p_mask(scores: Float[Array, "b v"], top_p: Float[Array, ""] | float) -> 
     return jnp.where(keep, scores, -jnp.inf)
 
 
-def probabilities(
-    logits: Float[Array, "b v"], temperature: Float[Array, ""] | float, top_p: Float[Array, ""] | float
-) -> Float[Array, "b v"]:
+def probabilities(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
     """What `sample` draws from; at temperature 0 all of it on the most likely token."""
-    drawn = jax.nn.softmax(top_p_mask(logits / jnp.maximum(temperature, 1e-6), top_p), axis=-1)
-    return jnp.where(temperature == 0, jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]), drawn)
+    drawn = jax.nn.softmax(_nucleus(logits, sampling), axis=-1)
+    return jnp.where(sampling.temperature == 0, jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]), drawn)
 
 
-def sample(
-    logits: Float[Array, "b v"], key: PRNGKeyArray, temperature: Float[Array, ""] | float, top_p: Float[Array, ""] | float
-) -> Int[Array, " b"]:
+def sample(logits: Float[Array, "b v"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " b"]:
     """Draws from `softmax(logits / temperature)` cut to its top-p nucleus; temperature 0 takes the most likely token."""
-    cut = top_p_mask(logits / jnp.maximum(temperature, 1e-6), top_p)
-    drawn = jax.random.categorical(key, cut, axis=-1)
-    return jnp.where(temperature == 0, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    drawn = jax.random.categorical(key, _nucleus(logits, sampling), axis=-1)
+    return jnp.where(sampling.temperature == 0, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+
+
+def _nucleus(logits: Array, sampling: Sampling) -> Array:
+    return top_p_mask(logits / jnp.maximum(sampling.temperature, 1e-6), sampling.top_p)

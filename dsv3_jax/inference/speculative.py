@@ -22,12 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache, init_cache
 from dsv3_jax.inference.decode import bucket, forward_cached, pad_prompts
-from dsv3_jax.inference.sampling import probabilities, sample
+from dsv3_jax.inference.sampling import Sampling, probabilities, sample
 from dsv3_jax.model.mla import Latent
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.transformer import Execution, Params, RouterBias, embed, logits
-
-Scalar = Float[Array, ""] | float
 
 
 class Speculation(NamedTuple):
@@ -76,7 +74,7 @@ def run_module(
 
 
 def draft(
-    model: Model, state: Speculation, key: PRNGKeyArray, temperature: Scalar, top_p: Scalar
+    model: Model, state: Speculation, key: PRNGKeyArray, sampling: Sampling
 ) -> tuple[Int[Array, "b n"], Float[Array, "b n v"], tuple[Latent, ...]]:
     """Drafts of the tokens after the known ones, the distributions that they were drawn from, and the modules' caches."""
     window, last = model.window, model.modules - 1
@@ -91,8 +89,8 @@ def draft(
         ahead = tokens[:, k : k + window] if n <= last else tokens[:, -1:]
         x, normed, caches[k] = run_module(model, k, x, ahead, positions, caches[k])
         scores = logits(model.params, normed[:, -1])
-        drafts.append(sample(scores, jax.random.fold_in(key, n), temperature, top_p))
-        chances.append(probabilities(scores, temperature, top_p))
+        drafts.append(sample(scores, jax.random.fold_in(key, n), sampling))
+        chances.append(probabilities(scores, sampling))
         tokens = jnp.concatenate([tokens, drafts[-1][:, None]], axis=1)
     return jnp.stack(drafts, 1), jnp.stack(chances, 1), tuple(caches)
 
@@ -122,8 +120,7 @@ def speculate_round(
     state: Speculation,
     running: Bool[Array, " b"],
     key: PRNGKeyArray,
-    temperature: Scalar,
-    top_p: Scalar,
+    sampling: Sampling,
     config: ModelConfig,
     execution: Execution,
     drafts: int,
@@ -131,10 +128,10 @@ def speculate_round(
     """One round: tokens, accepted drafts, and the state after it. A sequence that is not `running` stays where it is."""
     model = Model(params, bias, config, execution, drafts)
     for_draft, for_accept = jax.random.split(key)
-    proposed, q, drafter = draft(model, state, for_draft, temperature, top_p)
+    proposed, q, drafter = draft(model, state, for_draft, sampling)
     read = jnp.concatenate([state.tokens[:, -1:], proposed], axis=1)
     hidden, cache = forward_cached(params, bias, read, state.known[:, None] + jnp.arange(drafts + 1), state.cache, config, execution)
-    p = jax.vmap(lambda scores: probabilities(scores, temperature, top_p), 1, 1)(logits(params, hidden))
+    p = jax.vmap(lambda scores: probabilities(scores, sampling), 1, 1)(logits(params, hidden))
     tokens, accepted = accept(for_accept, proposed, q, p)
     moved = jnp.where(running, accepted + 1, 0)
     take = moved[:, None] + jnp.arange(model.window)
@@ -151,8 +148,7 @@ def start(
     lengths: Int[Array, " b"],
     cache: Cache,
     key: PRNGKeyArray,
-    temperature: Scalar,
-    top_p: Scalar,
+    sampling: Sampling,
     config: ModelConfig,
     execution: Execution,
     drafts: int,
@@ -162,7 +158,7 @@ def start(
     positions = jnp.broadcast_to(jnp.arange(t), prompts.shape)
     hidden, cache = forward_cached(params, bias, prompts, positions, cache, config, execution)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = sample(logits(params, last), key, temperature, top_p)
+    first = sample(logits(params, last), key, sampling)
     known = jnp.pad(prompts, ((0, 0), (0, model.modules))).at[jnp.arange(len(lengths)), lengths].set(first)
     x, drafter = hidden, []
     for k in range(model.modules):
@@ -206,7 +202,7 @@ def generate_speculatively(
     padded, lengths = pad_prompts(prompts, max_new_tokens, config)
     # A round may write `drafts` slots beyond the last token, and one slot more is nobody's.
     slots = bucket(int(lengths.max()) + max_new_tokens + drafts + 1)
-    cache, settings = init_cache(config, len(prompts), slots, execution.dtype), (temperature, top_p, config, execution, drafts)
+    cache, settings = init_cache(config, len(prompts), slots, execution.dtype), (Sampling(temperature, top_p), config, execution, drafts)
     first, state = start(params, bias, jnp.asarray(padded), jnp.asarray(lengths), cache, jax.random.fold_in(key, 0), *settings)
     yield Round([[token] for token in np.asarray(first).tolist()], 0, 0)
     missing, number = np.full(len(prompts), max_new_tokens - 1), 1

@@ -5,7 +5,7 @@ import pytest
 
 from dsv3_jax.inference.cache import init_cache
 from dsv3_jax.inference.decode import forward_cached, generate
-from dsv3_jax.inference.sampling import sample, top_p_mask
+from dsv3_jax.inference.sampling import GREEDY, Sampling, sample, top_p_mask
 from dsv3_jax.model.transformer import Execution, logits, trunk
 from tests.small import MODEL, model, parameters, rows
 
@@ -64,7 +64,7 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p():
 def test_samples_follow_the_tempered_distribution():
     probabilities = np.array([0.6, 0.3, 0.1])
     scores = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities, jnp.float32)), (20000, 3))
-    drawn = np.bincount(sample(scores, jax.random.key(0), 2.0, 1.0), minlength=3) / 20000
+    drawn = np.bincount(sample(scores, jax.random.key(0), Sampling(2.0)), minlength=3) / 20000
     tempered = probabilities**0.5 / (probabilities**0.5).sum()
     np.testing.assert_allclose(drawn, tempered, atol=0.015)
-    assert (np.asarray(sample(scores, jax.random.key(0), 0.0, 1.0)) == 0).all()
+    assert (np.asarray(sample(scores, jax.random.key(0), GREEDY)) == 0).all()

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.inference.cache import init_cache
 from dsv3_jax.inference.decode import generate
-from dsv3_jax.inference.sampling import probabilities
+from dsv3_jax.inference.sampling import GREEDY, Sampling, probabilities
 from dsv3_jax.inference.speculative import Model, accept, draft, generate_speculatively, speculate_round, start
 from dsv3_jax.model.mtp import predict_ahead
 from dsv3_jax.model.transformer import Execution, logits, trunk
@@ -53,14 +53,14 @@ def test_drafts_over_the_cache_are_those_of_the_training_pass():
     config = model(num_nextn_predict_layers=2)
     params, bias = agreeing(config)
     prompt = [7, 3, 3, 21, 40, 11]
-    cache, settings = init_cache(config, 1, 32, "float32"), (0.0, 1.0, config, EXECUTION, 2)
+    cache, settings = init_cache(config, 1, 32, "float32"), (GREEDY, config, EXECUTION, 2)
     padded = jnp.zeros((1, 8), jnp.int32).at[0, :6].set(jnp.array(prompt))
     first, state = start(params, bias, padded, jnp.array([6]), cache, jax.random.key(0), *settings)
     known = [*prompt, int(first[0])]
 
     @jax.jit
     def drafted(state):
-        return draft(Model(params, bias, config, EXECUTION, 2), state, jax.random.key(0), 0.0, 1.0)[0]
+        return draft(Model(params, bias, config, EXECUTION, 2), state, jax.random.key(0), GREEDY)[0]
 
     @jax.jit
     def in_training(row):
@@ -108,7 +108,7 @@ def test_sampled_sequences_follow_the_distribution_of_plain_sampling():
     scores = logits(params, jax.jit(trunk, static_argnums=(3, 4))(params, bias, row, config, EXECUTION).hidden)
     chance = np.ones(216)
     for i in range(3):
-        chance *= np.asarray(probabilities(scores[:, 2 + i], 1.3, 1.0))[np.arange(216), every[:, i]]
+        chance *= np.asarray(probabilities(scores[:, 2 + i], Sampling(1.3)))[np.arange(216), every[:, i]]
     counts = np.bincount(np.array(got) @ [36, 6, 1], minlength=216)
     assert chi_square(counts, chance * n) < 1.4
     assert 0.2 < accepted / proposed < 0.98
