@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from dsv3_jax.inference.cache import Cache, init_cache
 from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import Store, contiguous
-from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, embed, logits
+from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, embed, logits, unrolled
 
 
 def forward_cached(
@@ -34,32 +34,54 @@ def forward_cached(
     return forward_stored(params, bias, tokens, positions, cache, mask, contiguous, config, execution)
 
 
+def forward_prompts(
+    params: Params, bias: RouterBias, tokens: Int[Array, "b t"], cache: Cache, config: ModelConfig, execution: Execution
+) -> tuple[Float[Array, "b t d"], Cache]:
+    """`forward_cached` of the first tokens of every sequence, for which what the cache holds does not matter."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return forward_stored(params, bias, tokens, positions, cache, None, contiguous, config, execution)
+
+
 def forward_stored(
     params: Params,
     bias: RouterBias,
     tokens: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     cache: Cache,
-    mask: Bool[Array, "b t s"],
+    mask: Bool[Array, "b t s"] | None,
     store: Store,
     config: ModelConfig,
     execution: Execution,
 ) -> tuple[Float[Array, "b t d"], Cache]:
-    """`forward_cached` over a cache of any layout: `store` writes and reads it, `mask` says which of what it reads a token sees."""
+    """`forward_cached` over a cache of any layout: `store` writes and reads it, `mask` says which of what it reads a token sees.
+
+    None: the tokens are the first of each sequence, in order, and see one another.
+    """
     x = embed(params, tokens, execution.dtype)
     layer_bias = {"dense": jnp.zeros((config.num_dense_layers, config.n_routed_experts)), "moe": bias.moe}
     new: dict[str, Any] = {}
-    for kind, latent in cache._asdict().items():
-        new[kind] = latent
+    for kind, stack in cache._asdict().items():
+        new[kind] = stack
         if kind in params:
-            block = Block(config, execution, kind == "moe")
+            block, layers = Block(config, execution, kind == "moe"), layer_bias[kind].shape[0]
 
-            def layer(x: Array, inputs: tuple, block: Block = block) -> tuple[Array, Any]:
-                layer_params, bias_row, layer_cache = inputs
-                return block.apply({"params": layer_params}, x, bias_row, positions, layer_cache, mask, store, method=Block.decode)
+            def layer(carry: tuple[Array, Any], inputs: tuple, block: Block = block) -> tuple[tuple[Array, Any], None]:
+                number, layer_params, bias_row = inputs
+                x, stack = carry
+                of_layer = functools.partial(store, number)
+                return block.apply({"params": layer_params}, x, bias_row, positions, stack, mask, of_layer, method=Block.decode), None
 
-            x, new[kind] = jax.lax.scan(layer, x, (params[kind], layer_bias[kind], latent))
+            # The caches of all layers go through the loop as one value, so that a token is written where it stays.
+            inputs = (jnp.arange(layers), params[kind], layer_bias[kind])
+            (x, new[kind]), _ = jax.lax.scan(layer, (x, stack), inputs, unroll=unrolled(layers))
     return rms_norm(x, params["norm"], config.rms_norm_eps), Cache(**new)
+
+
+class Draws(NamedTuple):
+    """How a generation draws: token i of every sequence with the key `fold_in(key, i)`."""
+
+    key: PRNGKeyArray
+    sampling: Sampling
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames="cache")
@@ -69,14 +91,14 @@ def prefill(
     tokens: Int[Array, "b t"],
     lengths: Int[Array, " b"],
     cache: Cache,
+    draws: Draws,
     config: ModelConfig,
     execution: Execution,
-) -> tuple[Float[Array, "b v"], Cache]:
-    """Scores of the token after each prompt; prompts are padded on the right to t tokens, `lengths` are their own."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = forward_cached(params, bias, tokens, positions, cache, config, execution)
+) -> tuple[Int[Array, " b"], Cache]:
+    """The token after each prompt; prompts are padded on the right to t tokens, `lengths` are their own."""
+    hidden, cache = forward_prompts(params, bias, tokens, cache, config, execution)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return logits(params, last), cache
+    return sample(logits(params, last), jax.random.fold_in(draws.key, 0), draws.sampling), cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "execution"), donate_argnames="cache")
@@ -84,17 +106,17 @@ def decode_step(
     params: Params,
     bias: RouterBias,
     tokens: Int[Array, " b"],
-    positions: Int[Array, " b"],
+    lengths: Int[Array, " b"],
+    number: Int[Array, ""] | int,
     cache: Cache,
+    draws: Draws,
     config: ModelConfig,
     execution: Execution,
-) -> tuple[Float[Array, "b v"], Cache]:
-    """Scores of the token after `tokens`, which sit at `positions`."""
-    hidden, cache = forward_cached(params, bias, tokens[:, None], positions[:, None], cache, config, execution)
-    return logits(params, hidden[:, 0]), cache
-
-
-_sample = jax.jit(sample)
+) -> tuple[Int[Array, " b"], Cache]:
+    """New token `number` (from 1) of prompts of these lengths; `tokens` are those before it."""
+    positions = (lengths + number - 1)[:, None]
+    hidden, cache = forward_cached(params, bias, tokens[:, None], positions, cache, config, execution)
+    return sample(logits(params, hidden[:, 0]), jax.random.fold_in(draws.key, number), draws.sampling), cache
 
 
 def generate(
@@ -116,12 +138,15 @@ def generate(
     padded, lengths = pad_prompts(prompts, max_new_tokens, config)
     slots = bucket(int(lengths.max()) + max_new_tokens)
     cache = init_cache(config, len(prompts), max(slots, padded.shape[1]), execution.dtype)
-    scores, cache = prefill(params, bias, jnp.asarray(padded), jnp.asarray(lengths), cache, config, execution)
-    for i in range(max_new_tokens):
-        tokens = _sample(scores, jax.random.fold_in(key, i), Sampling(temperature, top_p))
+    rest = (Draws(key, Sampling(temperature, top_p)), config, execution)
+    ends = jnp.asarray(lengths)
+    tokens, cache = prefill(params, bias, jnp.asarray(padded), ends, cache, *rest)
+    for number in range(1, max_new_tokens):
+        # The next step is on its way before this token is looked at: the device does not wait for the host.
+        following, cache = decode_step(params, bias, tokens, ends, number, cache, *rest)
         yield np.asarray(tokens)
-        if i + 1 < max_new_tokens:
-            scores, cache = decode_step(params, bias, tokens, jnp.asarray(lengths + i), cache, config, execution)
+        tokens = following
+    yield np.asarray(tokens)
 
 
 def pad_prompts(
@@ -139,5 +164,6 @@ def pad_prompts(
 
 
 def bucket(length: int) -> int:
-    """The next power of two from 32: prompts of similar length share one compiled program."""
-    return max(32, 1 << (length - 1).bit_length())
+    """The next power of two from 32, or one and a half of one: prompts of similar length share one compiled program."""
+    power = max(32, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > 32 and length <= power * 3 // 4 else power

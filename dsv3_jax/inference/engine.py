@@ -20,7 +20,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.decode import forward_stored
 from dsv3_jax.inference.paged import NOBODY, init_pages, paged
-from dsv3_jax.inference.sampling import GREEDY, Sampling, sample
+from dsv3_jax.inference.sampling import GREEDY, Sampling, sample_rows
 from dsv3_jax.model.transformer import Execution, Params, RouterBias, logits
 
 
@@ -78,12 +78,7 @@ def forward_pages(
     mask = jnp.arange(table.shape[1] * cache.moe.k_r.shape[2]) <= positions[:, :, None]
     hidden, cache = forward_stored(params, bias, tokens, positions, cache, mask, paged(table), config, execution)
     rows = jnp.arange(len(last))
-    scores = logits(params, hidden[rows, last])
-
-    def draw(scores: Array, position: Array, sampling: Sampling, seed: Array) -> Array:
-        return sample(scores[None], jax.random.fold_in(jax.random.key(seed), position), sampling)[0]
-
-    return jax.vmap(draw)(scores, positions[rows, last], sampling, seeds), cache
+    return sample_rows(logits(params, hidden[rows, last]), seeds, positions[rows, last], sampling), cache
 
 
 class Engine:

@@ -21,11 +21,11 @@ NOBODY = 0  # the page that padding is written to
 
 
 class Pages(NamedTuple):
-    """The pool of a layer, or with a leading axis of layers; `scales` is None unless `c_kv` is E4M3."""
+    """The pools of a stack of layers; `scales` is None unless `c_kv` is E4M3."""
 
-    c_kv: Array  # [pages, page_size, kv_lora_rank]
-    scales: Float[Array, "*l pages size tiles"] | None
-    k_r: Array  # [pages, page_size, rope]
+    c_kv: Array  # [layers, pages, page_size, kv_lora_rank]
+    scales: Float[Array, "layers pages size tiles"] | None
+    k_r: Array  # [layers, pages, page_size, rope]
 
 
 def init_pages(config: ModelConfig, pages: int, page_size: int, dtype: str, fp8: bool) -> Cache:
@@ -42,15 +42,15 @@ def init_pages(config: ModelConfig, pages: int, page_size: int, dtype: str, fp8:
 def paged(table: Int[Array, "b n"]) -> Store:
     """The `Store` of a pool: writes new entries to the pages of each sequence, reads all of its pages in the order of positions."""
 
-    def store(pool: Pages, new: Latent, positions: Array) -> tuple[Pages, Latent]:
-        size = pool.k_r.shape[1]
-        place = (jnp.take_along_axis(table, positions // size, axis=1), positions % size)
+    def store(layer: Array | int, pool: Pages, new: Latent, positions: Array) -> tuple[Pages, Latent]:
+        size = pool.k_r.shape[2]
+        place = (layer, jnp.take_along_axis(table, positions // size, axis=1), positions % size)
         fresh = Pages(new.c_kv, None, new.k_r)
         if pool.scales is not None:
             low = quantize(new.c_kv, TILE)
             fresh = Pages(low.values, low.scales, new.k_r)
         pool = jax.tree.map(lambda old, one: old.at[place].set(one.astype(old.dtype)), pool, fresh)
-        mine = jax.tree.map(lambda pages: pages[table].reshape(table.shape[0], -1, pages.shape[-1]), pool)
+        mine = jax.tree.map(lambda pages: pages[layer, table].reshape(table.shape[0], -1, pages.shape[-1]), pool)
         c_kv = mine.c_kv if mine.scales is None else dequantize(Quantized(mine.c_kv, mine.scales, TILE), new.c_kv.dtype.name)
         return pool, Latent(c_kv, mine.k_r)
 

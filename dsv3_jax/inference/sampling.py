@@ -5,13 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 Number = Float[Array | np.ndarray, "..."] | float
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; of arrays [b], each row its own way."""
+    """How tokens are drawn: numbers, or arrays [b] where rows differ."""
 
     temperature: Number = 0.0  # 0: the most likely token
     top_p: Number = 1.0
@@ -38,8 +38,24 @@ def probabilities(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Arra
 
 def sample(logits: Float[Array, "b v"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " b"]:
     """Draws from `softmax(logits / temperature)` cut to its top-p nucleus; temperature 0 takes the most likely token."""
-    drawn = jax.random.categorical(key, _nucleus(logits, sampling), axis=-1)
-    return jnp.where(sampling.temperature == 0, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+
+    def drawn() -> Array:
+        return jax.random.categorical(key, _nucleus(logits, sampling), axis=-1)
+
+    return jax.lax.cond(sampling.temperature == 0, lambda: jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+
+
+def sample_rows(
+    logits: Float[Array, "b v"], seeds: UInt32[Array, " b"], positions: Int[Array, " b"], sampling: Sampling
+) -> Int[Array, " b"]:
+    """`sample` with settings of each row; a draw depends on the row's seed and position, not on the other rows."""
+
+    def drawn() -> Array:
+        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
+        return jax.vmap(lambda row, key, of_row: sample(row[None], key, of_row)[0])(logits, keys, sampling)
+
+    greedy = (jnp.asarray(sampling.temperature) == 0).all()
+    return jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), drawn)
 
 
 def _nucleus(logits: Array, sampling: Sampling) -> Array:

@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache, init_cache
-from dsv3_jax.inference.decode import bucket, forward_cached, pad_prompts
+from dsv3_jax.inference.decode import bucket, forward_cached, forward_prompts, pad_prompts
 from dsv3_jax.inference.sampling import Sampling, probabilities, sample
-from dsv3_jax.model.mla import Latent
+from dsv3_jax.model.mla import Latent, contiguous
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.transformer import Execution, Params, RouterBias, embed, logits
 
@@ -32,7 +32,7 @@ class Speculation(NamedTuple):
     """State between rounds: `known` is m of each sequence, the windows end at it."""
 
     cache: Cache
-    drafter: tuple[Latent, ...]  # caches of the modules [B, S, ...]
+    drafter: Latent  # caches of the modules [modules, B, S, ...]
     hidden: Float[Array, "b w d"]  # main model, positions m-w..m-1
     tokens: Int[Array, "b w"]  # positions m-w+1..m
     known: Int[Array, " b"]
@@ -59,27 +59,35 @@ class Model(NamedTuple):
 
 
 def run_module(
-    model: Model, k: int, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"], positions: Int[Array, "b t"], cache: Latent
+    model: Model, k: int, hidden: Float[Array, "b t d"], tokens: Int[Array, "b t"], positions: Int[Array, "b t"], caches: Latent
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], Latent]:
-    """Module k (from 0) at `positions`, given the tokens k+1 ahead of them: block output, normalised output, cache.
+    """Module k (from 0) at `positions`, given the tokens k+1 ahead of them: block output, normalised output, all modules' caches.
 
     Positions before the first are done in the cache's last slot, which no token reaches.
     """
     module, params = MTPModule(model.config, model.execution), jax.tree.map(lambda p: p[k], model.params["mtp"])
-    slots = cache.c_kv.shape[1]
+    slots = caches.c_kv.shape[2]
     positions = jnp.where(positions < 0, slots - 1, positions)
     mask = jnp.arange(slots) <= positions[:, :, None]
-    arguments = (hidden, embed(model.params, tokens, model.execution.dtype), model.bias.mtp[k], positions, cache, mask)
+    arguments = (
+        hidden,
+        embed(model.params, tokens, model.execution.dtype),
+        model.bias.mtp[k],
+        positions,
+        caches,
+        mask,
+        functools.partial(contiguous, k),
+    )
     return module.apply({"params": params}, *arguments, method=MTPModule.decode)
 
 
 def draft(
     model: Model, state: Speculation, key: PRNGKeyArray, sampling: Sampling
-) -> tuple[Int[Array, "b n"], Float[Array, "b n v"], tuple[Latent, ...]]:
+) -> tuple[Int[Array, "b n"], Float[Array, "b n v"], Latent]:
     """Drafts of the tokens after the known ones, the distributions that they were drawn from, and the modules' caches."""
     window, last = model.window, model.modules - 1
     positions = state.known[:, None] + jnp.arange(-window, 0)
-    x, normed, tokens, caches = state.hidden, state.hidden, state.tokens, list(state.drafter)
+    x, normed, tokens, caches = state.hidden, state.hidden, state.tokens, state.drafter
     drafts: list[Array] = []
     chances: list[Array] = []
     for n in range(model.drafts):
@@ -87,12 +95,12 @@ def draft(
         if n > last:  # the module's own state, one position on: normalised where it stands for the main model's
             x, positions = (normed if last == 0 else x)[:, -1:], positions[:, -1:] + 1
         ahead = tokens[:, k : k + window] if n <= last else tokens[:, -1:]
-        x, normed, caches[k] = run_module(model, k, x, ahead, positions, caches[k])
+        x, normed, caches = run_module(model, k, x, ahead, positions, caches)
         scores = logits(model.params, normed[:, -1])
         drafts.append(sample(scores, jax.random.fold_in(key, n), sampling))
         chances.append(probabilities(scores, sampling))
         tokens = jnp.concatenate([tokens, drafts[-1][:, None]], axis=1)
-    return jnp.stack(drafts, 1), jnp.stack(chances, 1), tuple(caches)
+    return jnp.stack(drafts, 1), jnp.stack(chances, 1), caches
 
 
 def accept(
@@ -156,19 +164,17 @@ def start(
     """Reads prompts, padded on the right to t, with the main model and the modules; returns the first new token and the state."""
     model, t = Model(params, bias, config, execution, drafts), prompts.shape[1]
     positions = jnp.broadcast_to(jnp.arange(t), prompts.shape)
-    hidden, cache = forward_cached(params, bias, prompts, positions, cache, config, execution)
+    hidden, cache = forward_prompts(params, bias, prompts, cache, config, execution)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     first = sample(logits(params, last), key, sampling)
     known = jnp.pad(prompts, ((0, 0), (0, model.modules))).at[jnp.arange(len(lengths)), lengths].set(first)
-    x, drafter = hidden, []
+    x, drafter = hidden, jax.tree.map(lambda a: jnp.zeros((model.modules, *a.shape[1:]), a.dtype), cache.moe)
     for k in range(model.modules):
-        one_layer = jax.tree.map(lambda a: jnp.zeros(a.shape[1:], a.dtype), cache.moe)
-        x, _, module_cache = run_module(model, k, x, known[:, k + 1 : k + 1 + t], positions, one_layer)
-        drafter.append(module_cache)
+        x, _, drafter = run_module(model, k, x, known[:, k + 1 : k + 1 + t], positions, drafter)
     back = lengths[:, None] + jnp.arange(-model.window, 0)
     window = jnp.take_along_axis(hidden, jnp.maximum(back, 0)[:, :, None], axis=1)
     tokens = jnp.take_along_axis(known, jnp.maximum(back + 1, 0), axis=1)
-    return first, Speculation(cache, tuple(drafter), window, tokens, lengths)
+    return first, Speculation(cache, drafter, window, tokens, lengths)
 
 
 class Round(NamedTuple):

@@ -58,31 +58,29 @@ def absorbed_attention(
     mask: Bool[Array, "b t s"],
 ) -> Float[Array, "b t h v"]:
     """Decode form: `softmax((q_c W_UK^T) c_kv + q_r k_r) c_kv W_UV` where `mask` is True (V2 2405.04434 sec. 2.1.2)."""
-    heads, nope = q_c.shape[-2:]
+    b, t, heads, nope = q_c.shape
     kv_up = kv_b_proj.astype(q_c.dtype).reshape(kv_b_proj.shape[0], heads, -1)
     w_uk, w_uv = jnp.split(kv_up, [nope], axis=-1)
-    q_latent = jnp.einsum("bthn,rhn->bthr", q_c, w_uk)
-    scores = jnp.einsum("bthr,bsr->bhts", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("bthp,bsp->bhts", q_r, cache.k_r, preferred_element_type=jnp.float32)
-    probabilities = jax.nn.softmax(jnp.where(mask[:, None], scores * scale, -jnp.inf), axis=-1).astype(q_c.dtype)
-    o_latent = jnp.einsum("bhts,bsr->bthr", probabilities, cache.c_kv)
-    return jnp.einsum("bthr,rhv->bthv", o_latent, w_uv)
+    # Tokens and heads are the rows of one product a sequence: no operand or result has to be transposed.
+    q_latent = jnp.einsum("bthn,rhn->bthr", q_c, w_uk).reshape(b, t * heads, -1)
+    scores = jnp.einsum("bqr,bsr->bqs", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("bqp,bsp->bqs", q_r.reshape(b, t * heads, -1), cache.k_r, preferred_element_type=jnp.float32)
+    visible = jnp.where(mask[:, :, None], scores.reshape(b, t, heads, -1) * scale, -jnp.inf)
+    probabilities = jax.nn.softmax(visible, axis=-1).astype(q_c.dtype)
+    o_latent = jnp.einsum("bqs,bsr->bqr", probabilities.reshape(b, t * heads, -1), cache.c_kv)
+    return jnp.einsum("bthr,rhv->bthv", o_latent.reshape(b, t, heads, -1), w_uv)
 
 
-def update_cache(cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> Latent:
-    """The cache with the entries of `new` written at `positions` of each sequence."""
+# Writes the new entries of a layer into the cache of a stack, of whatever layout; returns it, and all of the layer as attention reads it.
+Store = Callable[[Any, Any, Latent, Array], tuple[Any, Latent]]  # the layer's number comes first
+LayerStore = Callable[[Any, Latent, Array], tuple[Any, Latent]]  # of one layer
+
+
+def contiguous(layer: Int[Array, ""] | int, cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> tuple[Latent, Latent]:
+    """The `Store` of a cache with a row of slots for each layer and sequence: entries are written at `positions` of each."""
     rows = jnp.arange(positions.shape[0])[:, None]
-    return Latent(*(old.at[rows, positions].set(fresh.astype(old.dtype)) for old, fresh in zip(cache, new, strict=True)))
-
-
-# Writes the new entries into a layer's cache, of whatever layout; returns it, and all of it as attention reads it.
-Store = Callable[[Any, Latent, Array], tuple[Any, Latent]]
-
-
-def contiguous(cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> tuple[Latent, Latent]:
-    """The `Store` of a cache with a row of slots for each sequence."""
-    cache = update_cache(cache, new, positions)
-    return cache, cache
+    stack = Latent(*(old.at[layer, rows, positions].set(fresh.astype(old.dtype)) for old, fresh in zip(cache, new, strict=True)))
+    return stack, Latent(*(part[layer] for part in stack))
 
 
 class MLA(nn.Module):
@@ -115,12 +113,20 @@ class MLA(nn.Module):
         return self._project(out if self.recipe.fp8 else checkpoint_name(out, "attention_out"))
 
     def decode(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Any, mask: Bool[Array, "b t s"], store: Store = contiguous
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Any, mask: Bool[Array, "b t s"] | None, store: LayerStore
     ) -> tuple[Float[Array, "b t d"], Any]:
-        """Writes the new tokens into the cache, then attends over it. `mask[b, t, s]`: may token t see cache slot s."""
+        """Writes the new tokens into the cache, then attends over it. `mask[b, t, s]`: may token t see cache slot s.
+
+        Without a mask the new tokens are the first of each sequence and see one another only: the training form, which
+        needs fewer operations where there are as many queries as keys.
+        """
         q_c, q_r = self._queries(x, positions)
-        cache, latents = store(cache, self._latent(x, positions), positions)
-        out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, softmax_scale(self.config), mask)
+        new, scale = self._latent(x, positions), softmax_scale(self.config)
+        cache, latents = store(cache, new, positions)
+        if mask is None:
+            out = expanded_attention(q_c, q_r, new, self.kv_b_proj, scale, None, self.impl, self.recipe)
+        else:
+            out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, scale, mask)
         return self._project(out), cache
 
     def _queries(self, x: Array, positions: Array) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Linear, RMSNorm
-from dsv3_jax.model.mla import Latent
+from dsv3_jax.model.mla import LayerStore
 from dsv3_jax.model.transformer import (
     Block,
     BlockOutput,
@@ -70,11 +70,12 @@ class MTPModule(nn.Module):
         embedding: Float[Array, "b t d"],
         bias: Float[Array, " e"],
         positions: Int[Array, "b t"],
-        cache: Latent,
-        mask: Bool[Array, "b t s"],
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], Latent]:
+        cache: Any,
+        mask: Bool[Array, "b t s"] | None,
+        store: LayerStore,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], Any]:
         """The same over the module's own latent cache: the block's output, its normalised copy, the cache; see `MLA.decode`."""
-        x, cache = self.block.decode(self._join(hidden, embedding), bias, positions, cache, mask)
+        x, cache = self.block.decode(self._join(hidden, embedding), bias, positions, cache, mask, store)
         return x, self.norm(x), cache
 
     def _join(self, hidden: Array, embedding: Array) -> Array:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
-from dsv3_jax.model.mla import MLA, Store, contiguous
+from dsv3_jax.model.mla import MLA, LayerStore
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.parallel.expert import ALONE, Placement
 from dsv3_jax.precision.policy import BF16, Recipe
@@ -117,8 +117,8 @@ class Block(nn.Module):
         bias: Float[Array, " e"],
         positions: Int[Array, "b t"],
         cache: Any,
-        mask: Bool[Array, "b t s"],
-        store: Store = contiguous,
+        mask: Bool[Array, "b t s"] | None,
+        store: LayerStore,
     ) -> tuple[Float[Array, "b t d"], Any]:
         """The layer over a latent cache; see `MLA.decode`."""
         attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask, store)
@@ -161,6 +161,11 @@ def in_halves(layer: Callable[..., tuple[Any, LayerReports]], overlap: bool) -> 
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), x, y), reports
 
     return halves
+
+
+def unrolled(layers: int) -> bool:
+    """Whether a stack of so many layers is written out instead of a loop."""
+    return layers <= UNROLLED_LAYERS and jax.default_backend() == "cpu"
 
 
 def layer_gatherer(execution: Execution, section: str) -> Callable[[Params], Params]:
@@ -248,7 +253,7 @@ def scan_blocks(
         return halves((x, context), layer_params, layer_bias)
 
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
-    unroll = execution.remat == "none" and bias.shape[0] <= UNROLLED_LAYERS and jax.default_backend() == "cpu"
+    unroll = execution.remat == "none" and unrolled(bias.shape[0])
     if count is None:
         return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=unroll)
 

@@ -73,7 +73,7 @@ def test_draws_depend_on_the_seed_and_not_on_the_company():
     def drawn(others):
         engine = Engine(*parameters(MODEL), MODEL, EXECUTION, SETTINGS)
         for other in others:
-            engine.submit([7, 7], 3, temperature=1.0, seed=other)
+            engine.submit([7, 7], 3, temperature=float(other % 2), seed=other)
         number = engine.submit([3, 1, 4], 8, temperature=1.0, seed=5)
         return drain(engine, {})[number]
 

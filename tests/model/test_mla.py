@@ -8,9 +8,10 @@ import pytest
 from dsv3_jax.config import RopeScaling
 from dsv3_jax.model.attention import attention, masked_attention, resolve_implementation
 from dsv3_jax.model.layers import rope, rope_frequencies, softmax_scale
-from dsv3_jax.model.mla import MLA, Latent
+from dsv3_jax.model.mla import MLA, Latent, contiguous
 from tests.small import MODEL, model
 
+ONE_LAYER = functools.partial(contiguous, 0)
 YARN = RopeScaling("yarn", 40.0, 16, 32.0, 1.0, 1.0, 1.0)
 
 
@@ -21,21 +22,21 @@ def layer(config):
     x = jax.random.normal(jax.random.key(0), (2, 9, config.hidden_size))
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
     params = jax.jit(mla.init)(jax.random.key(1), x, positions, None)
-    return jax.jit(mla.apply, static_argnames="method"), params, x, positions
+    return jax.jit(mla.apply, static_argnames=("method", "store")), params, x, positions
 
 
 @pytest.mark.parametrize("config", [MODEL, model(q_lora_rank=None), model(rope_scaling=YARN), model(rope_interleave=False)])
-@pytest.mark.parametrize("chunks", [(1,) * 9, (4, 5)])
-def test_absorbed_decode_equals_expanded_training_form(config, chunks):
+@pytest.mark.parametrize(("chunks", "first_alone"), [((1,) * 9, False), ((4, 5), False), ((4, 5), True)])
+def test_absorbed_decode_equals_expanded_training_form(config, chunks, first_alone):
     apply, params, x, positions = layer(config)
     expected = apply(params, x, positions, None)
-    cache = Latent(jnp.full((2, 12, config.kv_lora_rank), jnp.nan), jnp.full((2, 12, config.qk_rope_head_dim), jnp.nan))
+    cache = Latent(jnp.full((1, 2, 12, config.kv_lora_rank), jnp.nan), jnp.full((1, 2, 12, config.qk_rope_head_dim), jnp.nan))
     cache = jax.tree.map(lambda a: jnp.nan_to_num(a, nan=1e3), cache)  # whatever unused slots hold must not matter
     outputs, start = [], 0
     for size in chunks:
         at = positions[:, start : start + size]
-        mask = jnp.arange(12) <= at[:, :, None]
-        out, cache = apply(params, x[:, start : start + size], at, cache, mask, method=MLA.decode)
+        mask = None if first_alone and start == 0 else jnp.arange(12) <= at[:, :, None]
+        out, cache = apply(params, x[:, start : start + size], at, cache, mask, store=ONE_LAYER, method=MLA.decode)
         outputs.append(out)
         start += size
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-5)
