@@ -3,23 +3,30 @@
     uv run -m experiments.bench.decode --config=configs/tiny.py
     uv run -m experiments.bench.decode --config=configs/tiny.py --batch=1,8 --context=128,384 --peer_python=PYTHON_WITH_TORCH
 
-Random weights and random prompts of equal length, greedy. Each token is fetched before the next is computed, as in serving. The
-time to the first token is the prefill with the choice of the token; compilation is apart. With --peer_python, a Python that has torch and
-transformers, `generate` of transformers' model of the same configuration is timed on the same machine after it.
+Random weights and random prompts of equal length, greedy. Each token is fetched when it is there, as in serving. The
+time to the first token is the prefill with the choice of the token; compilation is apart. The limit of the memory is what a step
+cannot avoid to read, the weights that work on the batch and its latents, at the speed of a copy timed in the same run.
+With --peer_python, a Python that has torch and transformers, the weights are exported as a public checkpoint, and `generate` of
+transformers is timed on them and on the same prompts, case by case after ours; then the table has the ratios, and the share of
+tokens on which both agree.
 """
 
-import json
-import subprocess
+import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import Config, ConfigError, ModelConfig
 from experiments import cli
-from experiments.output import check_output, table
+from experiments.bench.decode_report import render, step_bytes
+from experiments.bench.peer import Peer
+from experiments.output import check_output
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CONFIG = cli.define_config()
 BATCH = flags.DEFINE_list("batch", ["1", "8"], "Batch sizes, with commas between them.")
@@ -28,8 +35,6 @@ NEW = flags.DEFINE_integer("new_tokens", 32, "Tokens to generate.", lower_bound=
 REPEATS = flags.DEFINE_integer("repeats", 3, "Timed generations of each case after one to warm up; medians count.", lower_bound=1)
 PEER = flags.DEFINE_string("peer_python", None, "A Python interpreter with torch and transformers to compare with.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
-
-ROOT = Path(__file__).parents[2]  # the peer's script runs as a module: by its path, the files beside it would hide packages of their names
 
 
 def main() -> int:
@@ -42,78 +47,94 @@ def main() -> int:
         raise ConfigError("--context", CONTEXT.value, f"with --new_tokens the longest has {longest} tokens; the model takes {limit}")
     if JSON.value:
         check_output("--json", JSON.value)
-    figures = {"ours": measure(config, cases)}
-    if PEER.value:
-        figures["transformers"] = peer(config, cases)
-    print(_table(figures))
+    if PEER.value:  # both sides have their weights on the same device
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    figures = measure(config, cases)
+    print(render(figures))
     if JSON.value:
         write_json(Path(JSON.value), figures)
     return 0
 
 
-def measure(config: Any, cases: list[tuple[int, int]]) -> list[dict[str, float]]:
-    """Seconds of every case, batch and context in the order of `cases`."""
+def measure(config: Config, cases: list[tuple[int, int]]) -> dict[str, Any]:
+    """Figures of every case, batch and context in the order of `cases`, of ours and of the peer where there is one."""
     import jax
 
     from dsv3_jax.model.init import init_params, init_router_bias
     from dsv3_jax.model.transformer import Execution
+    from experiments.bench.timing import copy_rate
 
-    params = jax.jit(lambda key: init_params(config.model, key))(jax.random.key(0))
+    dtype = config.train.compute_dtype
+    params = jax.jit(lambda key: jax.tree.map(lambda p: p.astype(dtype), init_params(config.model, key)))(jax.random.key(0))
     model = (params, init_router_bias(config.model), config.model, Execution.of(config, 0))
-    return [_measure_case(model, *case) for case in cases]
+    figures: dict[str, Any] = {
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}, {dtype}",
+        "copy_bytes_per_second": copy_rate(),
+        "ours": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        peer = start_peer(model, Path(folder), dtype) if PEER.value else None
+        for batch, context in cases:
+            prompts = _prompts(config.model, batch, context)
+            limit = step_bytes(config.model, batch, context, dtype) / figures["copy_bytes_per_second"]
+            ours = _measure_case(model, prompts)
+            figures["ours"].append(ours | {"of_memory_limit": limit / ours["between_tokens_seconds"]})
+            if peer:
+                answer = peer.ask({"prompts": prompts.tolist(), "new_tokens": NEW.value, "repeats": REPEATS.value})
+                theirs = _rates(batch, context, answer["first"], answer["between"]) | answer
+                figures.setdefault("transformers", []).append(theirs)
+        if peer:
+            figures["peer"] = peer.introduction
+            peer.leave()
+    return figures
 
 
-def _measure_case(model: tuple, batch: int, context: int) -> dict[str, float]:
+def start_peer(model: tuple, folder: Path, dtype: str) -> Peer:
+    """transformers with these weights, which travel through a public checkpoint below `folder`."""
+    from dsv3_jax.interop.export import export
+    from dsv3_jax.interop.weights import ArraySource
+
+    params, bias, config, _ = model
+    export(ArraySource(config, params, bias), folder / "weights", "source", {}, folder)
+    threads = len(os.sched_getaffinity(0))
+    return Peer(
+        PEER.value, "experiments.bench.decode_transformers", [f"--model={folder / 'weights'}", f"--dtype={dtype}", f"--threads={threads}"]
+    )
+
+
+def _prompts(config: ModelConfig, batch: int, context: int) -> "np.ndarray":
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, context))
+
+
+def _measure_case(model: tuple, prompts: "np.ndarray") -> dict[str, Any]:
     import jax
     import numpy as np
 
     from dsv3_jax.inference.decode import generate
 
     params, bias, config, execution = model
-    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context)).tolist()
-    first, between = [], []
+    first: list[float] = []
+    between: list[float] = []
+    tokens: list[np.ndarray] = []
     for _ in range(REPEATS.value + 1):
-        started, seconds = time.perf_counter(), []
-        steps = generate(params, bias, prompts, config, execution,
+        started, seconds, tokens = time.perf_counter(), [], []
+        steps = generate(params, bias, prompts.tolist(), config, execution,
                          max_new_tokens=NEW.value, temperature=0.0, top_p=1.0, key=jax.random.key(0))  # fmt: skip
-        for _ in steps:
+        for token in steps:
             seconds.append(time.perf_counter() - started)
+            tokens.append(token)
         first.append(seconds[0])
         between.append(float(np.median(np.diff(seconds))))
-    return _figures(batch, context, float(np.median(first[1:])), float(np.median(between[1:])))
+    batch, context = prompts.shape
+    rates = _rates(batch, context, float(np.median(first[1:])), float(np.median(between[1:])))
+    return rates | {"tokens": np.stack(tokens, 1).tolist()}
 
 
-def _figures(batch: int, context: int, first: float, between: float) -> dict[str, float]:
+def _rates(batch: int, context: int, first: float, between: float) -> dict[str, Any]:
     rates = {"prefill_tokens_per_second": batch * context / first, "decode_tokens_per_second": batch / between}
     return {"batch": batch, "context": context, "first_token_seconds": first, "between_tokens_seconds": between, **rates}
-
-
-def peer(config: Any, cases: list[tuple[int, int]]) -> list[dict[str, float]]:
-    """The same figures of transformers, from the script beside this one."""
-    from dsv3_jax.config import to_dict
-
-    script = "experiments.bench.decode_transformers"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(to_dict(config)))
-        sizes = [f"--new_tokens={NEW.value}", f"--repeats={REPEATS.value}", f"--cases={json.dumps(cases)}"]
-        done = subprocess.run(
-            [PEER.value, "-m", script, f"--config_json={path}", *sizes], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-    if done.returncode:
-        raise RuntimeError(f"{script} failed:\n{done.stderr[-2000:]}")
-    seconds = json.loads(done.stdout.splitlines()[-1])
-    return [_figures(*case, *pair) for case, pair in zip(cases, seconds, strict=True)]
-
-
-def _table(figures: dict[str, list[dict[str, float]]]) -> str:
-    rows = [("", "batch", "context", "first token", "between tokens", "prefill", "decode")]
-    for name, cases in figures.items():
-        for f in cases:
-            times = (f"{f['first_token_seconds'] * 1e3:,.1f} ms", f"{f['between_tokens_seconds'] * 1e3:,.2f} ms")
-            rates = (f"{f['prefill_tokens_per_second']:,.0f} tokens/s", f"{f['decode_tokens_per_second']:,.0f} tokens/s")
-            rows.append((name, f"{f['batch']}", f"{f['context']}", *times, *rates))
-    return table(rows, "<>>>>>>")
 
 
 def _numbers(flag: Any) -> list[int]:

@@ -2,80 +2,98 @@
 
 Runs in an environment of its own, with torch and transformers and without this project; experiments.bench.decode starts it:
 
-    python -m experiments.bench.decode_transformers --config_json=tiny.json --cases='[[1, 64]]'
+    python -m experiments.bench.decode_transformers --model=FOLDER --dtype=float32
 
-Random weights and prompts, greedy, float32, with the cache that transformers uses by default. A stopping criterion that
-never stops notes when each token is there.
-Attention is sdpa; every implementation of the experts is tried on the first case, and the one that decodes fastest is used.
-
-The last line is JSON: for each case the median seconds to the first token, and between tokens.
+FOLDER is a public checkpoint. The first line that it prints says what it is. Then for every line of JSON that it reads,
+`{"prompts": [[...]], "new_tokens": 32, "repeats": 3}`, it prints one: median seconds to the first token and between tokens, the tokens, and
+the implementation of the experts. Greedy, on a GPU where torch has one, attention sdpa, with the cache that transformers uses by default. A
+stopping criterion that never stops notes when each token is there. Every implementation of the experts is tried in every case, and the
+faster one counts, for the first token and between tokens apart.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, StoppingCriteriaList
+from transformers import DeepseekV3ForCausalLM, StoppingCriteriaList
 
-from experiments.bench.train_step_transformers import EXPERTS, Setting, peer_config
+from experiments.bench.train_step_transformers import EXPERTS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPELESS = 2.0  # an implementation this many times slower than another when both are warmed up is not timed
 
 
-def token_seconds(model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int) -> list[float]:
-    """Seconds from the start of a generation to each of its `count` tokens."""
+def token_seconds(model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int) -> tuple[list[float], list[list[int]]]:
+    """Seconds from the start of a generation to each of its `count` tokens, and the tokens."""
     seconds: list[float] = []
 
     def note(input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        input_ids[:, -1].tolist()  # waits for it
         seconds.append(time.perf_counter() - started)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     started = time.perf_counter()
     with torch.inference_mode():
-        model.generate(
+        out = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=False,
             max_new_tokens=count,
             stopping_criteria=StoppingCriteriaList([note]),
         )
-    return seconds
+    return seconds, out[:, prompts.shape[1] :].tolist()
 
 
-def measure(model: DeepseekV3ForCausalLM, case: list[int], count: int, repeats: int) -> tuple[float, float]:
-    """Median seconds to the first token and between tokens, after one generation to warm up; a case is [batch, context]."""
-    prompts = torch.randint(model.config.vocab_size, tuple(case))
-    runs = [token_seconds(model, prompts, count) for _ in range(repeats + 1)][1:]
+def medians(runs: list[list[float]]) -> tuple[float, float]:
+    """Seconds to the first token and between tokens."""
     between = [statistics.median(later - earlier for earlier, later in itertools.pairwise(run)) for run in runs]
     return statistics.median(run[0] for run in runs), statistics.median(between)
 
 
-def build(config: DeepseekV3Config) -> DeepseekV3ForCausalLM:
-    """A model with random weights that generates with a cache and never stops early."""
-    torch.manual_seed(0)
-    config.use_cache, config.eos_token_id, config.pad_token_id = True, None, 0
-    return DeepseekV3ForCausalLM(config).eval()
+def measure(model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int, repeats: int) -> dict[str, Any]:
+    """The answer to a question."""
+    best: dict[str, tuple[float, str]] = {"first": (float("inf"), ""), "between": (float("inf"), "")}
+    tokens: list[list[int]] = []
+    for experts in EXPERTS:
+        model.set_experts_implementation(experts)
+        warm, said = token_seconds(model, prompts, count)
+        if all(time > HOPELESS * best[name][0] for name, time in zip(best, medians([warm]), strict=True)):
+            continue
+        times = medians([token_seconds(model, prompts, count)[0] for _ in range(repeats)])
+        best = {name: min(best[name], (time, experts)) for name, time in zip(best, times, strict=True)}
+        tokens = tokens or said
+    implementations = ", then ".join(dict.fromkeys(experts for _, experts in best.values()))
+    return {"first": best["first"][0], "between": best["between"][0], "tokens": tokens, "experts": implementations}
+
+
+def load(folder: str, dtype: str) -> DeepseekV3ForCausalLM:
+    """The model, which generates with a cache and never stops early."""
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(DEVICE).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_json", type=Path, required=True, help="configuration as JSON")
-    parser.add_argument("--cases", type=json.loads, required=True, help="JSON list of [batch, context]")
-    parser.add_argument("--new_tokens", type=int, default=32, help="tokens to generate")
-    parser.add_argument("--repeats", type=int, default=3, help="timed generations of each case")
+    parser.add_argument("--model", required=True, help="folder with config.json and safetensors files")
+    parser.add_argument("--dtype", default="float32", help="of weights and activations")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     args = parser.parse_args()
-    section = json.loads(args.config_json.read_text())["model"]
     torch.set_num_threads(args.threads)
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {args.threads} threads")
-    models = [build(peer_config(section, Setting("sdpa", experts))) for experts in EXPERTS]
-    between = [measure(model, args.cases[0], args.new_tokens, 1)[1] for model in models]
-    fastest = between.index(min(between))
-    print(f"experts {EXPERTS[fastest]}")
-    print(json.dumps([measure(models[fastest], case, args.new_tokens, args.repeats) for case in args.cases]))
+    transformers.logging.set_verbosity_error()  # MTP layers, which it does not load, are in the folder
+    transformers.logging.disable_progress_bar()
+    model = load(args.model, args.dtype)
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {DEVICE}, {args.dtype}, {args.threads} threads", flush=True)
+    for line in sys.stdin:
+        question = json.loads(line)
+        prompts = torch.tensor(question["prompts"], device=DEVICE)
+        print(json.dumps(measure(model, prompts, question["new_tokens"], question["repeats"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""Another Python, with torch and transformers and without this project, that answers questions while it runs: a line of JSON each."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]  # a peer's script runs as a module: by its path, the files beside it would hide packages of their names
+
+
+class Peer:
+    """A script of this folder in an interpreter of its own. The first line that it prints says what it is."""
+
+    def __init__(self, python: str, module: str, arguments: list[str]):
+        """Raises RuntimeError where it does not start."""
+        self._module = module
+        command = [python, "-m", module, *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.introduction = self._line()
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Its answer. Raises RuntimeError where it ended instead; what it said is on standard error."""
+        assert self._process.stdin is not None
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        return json.loads(self._line())
+
+    def leave(self) -> None:
+        """Ends it."""
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._module} ended with status {self._process.wait()}; what it said is above")
+        return line.strip()
