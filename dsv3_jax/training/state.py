@@ -24,9 +24,11 @@ class TrainState(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
 
 
-def create_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
-    """Fresh state from `train.seed`; pure, so that `jit` can place it with any sharding, on `mesh`."""
-    params = init_params(config.model, jax.random.key(config.train.seed))
+def create_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, seed: Int[Array, ""] | int | None = None
+) -> TrainState:
+    """Fresh state from `seed` (None: `train.seed`); pure, so that `jit` can place it with any sharding, on `mesh`."""
+    params = init_params(config.model, jax.random.key(config.train.seed if seed is None else seed))
     if mesh is not None:
         # Parameters cut from one draw are made whole everywhere: XLA would cut the draw as it cuts them, warn that it cannot, and join it.
         whole = NamedSharding(mesh, P())

@@ -1,6 +1,7 @@
-"""What the ablations share: training variants of one configuration on the same text, and showing the result.
+"""What the ablations share: training variants of one configuration on the same text, from several seeds, and showing the result.
 
-A workdir holds one JSON file a variant, `result.json`, `table.md` and the plots. A variant that is done is not trained again.
+A workdir holds one JSON file a variant and seed, `result.json`, `table.md` and the plots. What is done is not trained again.
+A seed sets the initial weights and the order of the text, alike for every variant, so variants can be compared seed by seed.
 """
 
 import dataclasses
@@ -14,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import trange
 
-from dsv3_jax.config import Config, ConfigError, PrecisionConfig, to_dict, validate
+from dsv3_jax.config import Config, ConfigError, DataConfig, MeshConfig, PrecisionConfig, to_dict, validate
 from dsv3_jax.model.transformer import Execution
+from dsv3_jax.parallel.mesh import make_mesh, replicated
 from dsv3_jax.training.corpus import open_corpus
 from dsv3_jax.training.data import TrainLoader, validation_rows
 from dsv3_jax.training.evaluate import EvalStep, evaluate
@@ -28,7 +30,7 @@ from dsv3_jax.training.metrics import write_json
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import plan_step
 from dsv3_jax.training.state import TrainState, create_state
-from dsv3_jax.training.step import Rates, make_eval_step, make_train_step
+from dsv3_jax.training.step import Rates, TrainStep, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
 from experiments import cli
 
@@ -41,6 +43,7 @@ class Curve(NamedTuple):
 
     loss: Float[np.ndarray, " steps"]  # of the main head, nats a token
     val_loss: float
+    measured: Mapping[str, np.ndarray]  # what a Watch measured, by name, its times first; empty without one
 
 
 class Text(NamedTuple):
@@ -51,9 +54,25 @@ class Text(NamedTuple):
     vocabulary: Vocabulary
 
 
+class Watch(NamedTuple):
+    """What to measure of a state in training, `times` times evenly over the run and at last after its last step."""
+
+    measure: Callable[[Config, TrainState, Text], Mapping[str, Any]]  # numbers and arrays, of one shape every time
+    times: int = 1
+
+    def steps(self, total: int) -> list[int]:
+        """The numbers of the steps, from 1, that are measured after; fewer than `times` in a short run."""
+        return sorted({max(1, round(total * i / self.times)) for i in range(1, self.times + 1)})
+
+
 def define_flags(steps: int) -> tuple[flags.FlagHolder, flags.FlagHolder]:
     """--steps and --workdir."""
     return flags.DEFINE_integer("steps", steps, "Training steps of every variant.", lower_bound=1), define_workdir()
+
+
+def define_seeds() -> flags.FlagHolder:
+    """--seeds."""
+    return flags.DEFINE_integer("seeds", 3, "Runs of every variant, from train.seed and data.seed on.", lower_bound=1)
 
 
 def define_workdir() -> flags.FlagHolder:
@@ -83,11 +102,24 @@ def open_text(config: Config, workdir: Path) -> Text:
     return Text(corpus, tokenizer, Vocabulary.from_tokenizer(tokenizer, config.data))
 
 
-def train_variants(variants: Mapping[str, Config], workdir: Path) -> dict[str, Curve]:
-    """Trains each variant from the same seed on the same rows; returns the curves by name."""
+def with_seed(config: Config, number: int) -> Config:
+    """The configuration of the `number`th seed, from 0: other initial weights, and the text in another order."""
+    return changed(config, train={"seed": config.train.seed + number}, data={"seed": config.data.seed + number})
+
+
+def train_seeds(variants: Mapping[str, Config], seeds: int, workdir: Path, watch: Watch | None = None) -> dict[str, list[Curve]]:
+    """Trains each variant from each of so many seeds; returns the curves of every seed by name. Seeds share compiled programs."""
+    runs = {f"{name}-seed{number}": with_seed(config, number) for name, config in variants.items() for number in range(seeds)}
+    curves = train_variants(runs, workdir, watch)
+    return {name: [curves[f"{name}-seed{number}"] for number in range(seeds)] for name in variants}
+
+
+def train_variants(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None) -> dict[str, Curve]:
+    """Trains each variant from its seed, on text in the order that its seed gives; returns the curves by name."""
     text = open_text(next(iter(variants.values())), workdir)
     return {
-        name: _done(config, workdir / f"{name}.json") or train_variant(name, config, text, workdir)[0] for name, config in variants.items()
+        name: _done(config, workdir / f"{name}.json") or train_variant(name, config, text, workdir, watch)[0]
+        for name, config in variants.items()
     }
 
 
@@ -97,52 +129,77 @@ def _done(config: Config, path: Path) -> Curve | None:
     kept = json.loads(path.read_text())
     if kept["config"] != to_dict(config):
         raise ConfigError("--workdir", str(path.parent), f"{path.name} is of another configuration; give a new --workdir")
-    return Curve(np.array(kept["loss"]), kept["val_loss"])
+    return Curve(np.array(kept["loss"]), kept["val_loss"], {key: np.array(value, np.float64) for key, value in kept["measured"].items()})
 
 
-def train_variant(name: str, config: Config, text: Text, workdir: Path) -> tuple[Curve, TrainState]:
+def train_variant(name: str, config: Config, text: Text, workdir: Path, watch: Watch | None = None) -> tuple[Curve, TrainState]:
     """Trains one variant, whether it is done or not, for a study that needs its weights too."""
-    state, losses = train(config, text, name)
-    result = evaluate_state(state, config, text)
-    write_json(workdir / f"{name}.json", {"config": to_dict(config), "loss": losses.tolist(), "val_loss": result})
-    return Curve(losses, result), state
+    state, losses, measured = train(config, text, name, watch)
+    curve = Curve(losses, evaluate_state(state, config, text), measured)
+    write_json(workdir / f"{name}.json", {"config": to_dict(config), **curve._asdict()})
+    return curve, state
 
 
-def train(config: Config, text: Text, name: str) -> tuple[TrainState, Float[np.ndarray, " steps"]]:
-    """Trains from `train.seed`; returns the state and the loss of every step."""
-    run, optimizer = config.train, make_optimizer(config.optimizer)
-    state = _creator(changed(config, precision=_PLAIN))()
-    step = jax.jit(make_train_step(config, Execution.of(config, text.vocabulary.eos_id), optimizer), donate_argnums=0)
+def train(
+    config: Config, text: Text, name: str, watch: Watch | None = None
+) -> tuple[TrainState, Float[np.ndarray, " steps"], dict[str, np.ndarray]]:
+    """Trains from `train.seed`; returns the state, the loss of every step, and what was measured, with its `step`."""
+    run, plain = config.train, changed(config, precision=_PLAIN)
+    state = _creator(_compiled_for(plain))(run.seed)
+    step = _train_step(_compiled_for(config), text.vocabulary.eos_id)
     loader = TrainLoader(text.corpus.train, text.tokenizer, text.vocabulary, config.data, run.sequence_length)
     most, tokens, losses = run.batch_size // run.micro_batch_size, 0, []
-    for _ in trange(run.steps, desc=name, unit="step", disable=None):
+    watched, seen = watch.steps(run.steps) if watch else [], []
+    for number in trange(1, run.steps + 1, desc=name, unit="step", disable=None):
         plan = plan_step(tokens, config)
         used, tokens = plan.batch_size // run.micro_batch_size, plan.tokens
         rows = loader.next_micro_batches(used, run.micro_batch_size, most)
         rates = Rates(*(jnp.float32(x) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
         state, metrics = step(state, jnp.asarray(rows), jnp.int32(used), rates)
         losses.append(metrics.main.nll / metrics.main.tokens)  # stays on the device: the host does not wait for the step
+        if watch and number in watched:
+            seen.append({"step": number, **jax.device_get(watch.measure(config, state, text))})  # the next step takes the state
     loader.close()
-    return state, np.asarray(jax.device_get(losses), np.float64)
+    measured = {key: np.array([one[key] for one in seen], np.float64) for key in (seen[0] if seen else ())}
+    return state, np.asarray(jax.device_get(losses), np.float64), measured
 
 
 def evaluate_state(state: TrainState, config: Config, text: Text) -> float:
     """Validation loss, nats a token, computed without FP8 for every variant alike."""
-    plain = changed(config, precision=_PLAIN)
-    rows = validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, config.train.sequence_length, config.train.eval_sequences)
+    plain = _compiled_for(changed(config, precision=_PLAIN))
     return evaluate(
         _eval_step(plain, text.vocabulary.eos_id),
         state.params,
         state.router_bias,
-        rows,
+        held_out_rows(config, text),
         config.train.micro_batch_size,
         text.vocabulary.byte_lengths,
     ).loss
 
 
-@functools.cache  # variants share what FP8 does not change, so that it is compiled once
-def _creator(config: Config) -> Callable[[], TrainState]:
-    return jax.jit(lambda: create_state(config, make_optimizer(config.optimizer)))
+def held_out_rows(config: Config, text: Text) -> Int[np.ndarray, "n row"]:
+    """The rows that a validation loss is of, the same for every seed."""
+    return validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, config.train.sequence_length, config.train.eval_sequences)
+
+
+def _compiled_for(config: Config) -> Config:
+    """The configuration without what enters a program as a value or not at all, so that runs which share a program find it again."""
+    train = dataclasses.replace(config.train, seed=0)
+    return dataclasses.replace(config, train=train, data=DataConfig(document_mask=config.data.document_mask))
+
+
+@functools.cache
+def _creator(config: Config) -> Callable[[int], TrainState]:
+    def create(seed: Int[Array, ""]) -> TrainState:
+        return create_state(config, make_optimizer(config.optimizer), seed=seed)
+
+    return jax.jit(create, out_shardings=replicated(make_mesh(MeshConfig())))  # as the step leaves it: else the second step compiles anew
+
+
+@functools.cache
+def _train_step(config: Config, eos_id: int) -> TrainStep:
+    step = make_train_step(config, Execution.of(config, eos_id), make_optimizer(config.optimizer))
+    return jax.jit(step, donate_argnums=0, out_shardings=replicated(make_mesh(MeshConfig())))
 
 
 @functools.cache
@@ -157,6 +214,19 @@ def smoothed(values: Float[np.ndarray, " n"], decay: float = 0.9) -> Float[np.nd
         average = decay * average + (1 - decay) * value
         out[i] = average / (1 - decay ** (i + 1))
     return out
+
+
+def mean_std(values: Sequence[float] | Float[np.ndarray, " seeds"], digits: int = 4) -> str:
+    """Mean ± standard deviation over seeds, as a cell of a table; the value itself for one seed."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def band(ax: Axes, x: Sequence[float] | np.ndarray, curves: Float[np.ndarray, "seeds n"], label: str, **style: Any) -> None:
+    """Draws the mean of the curves, in a shade of one standard deviation over seeds to each side."""
+    mean, spread = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
+    (line,) = ax.plot(x, mean, label=label, linewidth=1.2, **style)
+    ax.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 def panels(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
