@@ -36,7 +36,7 @@ def test_phases_follow_each_other_and_end_inside_the_run(name: str):
     assert o.peak_lr > o.final_lr > o.tail_lr > 0
 
 
-@pytest.mark.parametrize("name", ["tiny", "colab", "h200", "study_120m"])
+@pytest.mark.parametrize("name", ["tiny", "study_cpu", "colab", "h200", "study_120m"])
 @pytest.mark.parametrize("changed", ["steps", "batch_size"])
 def test_phases_scale_with_the_length_of_a_run(name: str, changed: str):
     config = load(name)

@@ -1,0 +1,36 @@
+"""What the studies of routing look at: the experts that a trained model picks for the tokens of given rows."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.picks import picked_experts
+from dsv3_jax.model.transformer import Execution
+from dsv3_jax.training.evaluate import batches
+from dsv3_jax.training.state import TrainState
+
+
+def picks_of(state: TrainState, model: ModelConfig, execution: Execution, rows: Int[np.ndarray, "n row"], batch: int) -> np.ndarray:
+    """Experts [layers, n, t, k] of every token in each MoE layer of the main model; rows in batches, the rest is left out."""
+    program = _program(model, dataclasses.replace(execution, remat="none"))
+    found = [np.asarray(program(state.params, state.router_bias, jnp.asarray(chunk[:, :-1]))) for chunk in batches(rows, batch, 1)]
+    layers, _, k = found[0].shape
+    return np.concatenate([one.reshape(layers, -1, rows.shape[1] - 1, k) for one in found], axis=1)
+
+
+@functools.cache
+def _program(model: ModelConfig, execution: Execution) -> Callable[..., Array]:
+    return jax.jit(lambda params, bias, tokens: picked_experts(params, bias, tokens, model, execution))
+
+
+def loads_of(picks: Int[np.ndarray, "layers n t k"], n_experts: int) -> Float[np.ndarray, "layers n e"]:
+    """How many tokens of each row picked each expert."""
+    layers, n = picks.shape[:2]
+    row = np.arange(layers * n).reshape(layers, n, 1, 1)
+    return np.bincount((row * n_experts + picks).ravel(), minlength=layers * n * n_experts).reshape(layers, n, n_experts).astype(np.float64)
