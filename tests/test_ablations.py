@@ -27,7 +27,7 @@ MICRO = [
         ("accumulation", ["--steps=1", "--rows=4", "--largest_k=512"], ("errors_percent",)),
         ("balancing", [*MICRO, "--steps=2", "--seeds=2", "--times=2", "--strategies=sequence_wise,loss_free"], ("last",)),
         ("fp8_vs_bf16", [*MICRO, "--steps=2"], ("mean_error", "largest_error", "chance_mean")),
-        ("kv_cache", ["--config=configs/v3_671b.py"], ("bytes_per_token", "equal_groups")),
+        ("kv_cache", [*MICRO, "--steps=2", "--seeds=2", "--groups=1"], ("bytes_per_token", "equal_groups", "val_loss")),
         ("node_limit", [*MICRO, "--steps=2", "--seeds=2", "--limits=1", "--config.model.num_experts_per_tok=2"], ("bytes_a_token",)),
         ("quant_granularity", [*MICRO, "--steps=1", "--coarse=128x128"], ("val_loss", "errors")),
         ("specialization", [*MICRO, "--steps=2", "--seeds=2", "--domain_kib=128"], ("bits", "loads")),

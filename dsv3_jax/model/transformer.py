@@ -88,6 +88,12 @@ class TokenContext(NamedTuple):
     weights: Float[Array, "b t"]  # 1 for tokens that count in load and balance loss
 
 
+@functools.singledispatch
+def self_attention(config: ModelConfig, impl: str, recipe: Recipe) -> nn.Module:
+    """The attention of a layer: MLA. A study registers another for a subclass of ModelConfig, to train it in MLA's place."""
+    return MLA(config, impl, recipe)
+
+
 class Block(nn.Module):
     """One transformer layer: `x + MLA(norm(x))`, then `x + FFN(norm(x))` with a dense or a MoE FFN."""
 
@@ -98,7 +104,7 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.input_layernorm = RMSNorm(c.rms_norm_eps)
-        self.self_attn = MLA(c, self.execution.impl, self.execution.recipe)
+        self.self_attn = self_attention(c, self.execution.impl, self.execution.recipe)
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
         recipe, balance = self.execution.recipe, self.execution.balance
         dense = lambda: SwiGLU(c.intermediate_size, c.initializer_range, recipe)  # noqa: E731

@@ -65,19 +65,17 @@ class Watch(NamedTuple):
         return sorted({max(1, round(total * i / self.times)) for i in range(1, self.times + 1)})
 
 
-def define_flags(steps: int) -> tuple[flags.FlagHolder, flags.FlagHolder]:
-    """--steps and --workdir."""
-    return flags.DEFINE_integer("steps", steps, "Training steps of every variant.", lower_bound=1), define_workdir()
+def define_flags(steps: int, least: int = 1) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """--steps, `least` or more, and --workdir."""
+    return (
+        flags.DEFINE_integer("steps", steps, "Training steps of every variant.", lower_bound=least),
+        flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.", required=True),
+    )
 
 
 def define_seeds() -> flags.FlagHolder:
     """--seeds."""
     return flags.DEFINE_integer("seeds", 3, "Runs of every variant, from train.seed and data.seed on.", lower_bound=1)
-
-
-def define_workdir() -> flags.FlagHolder:
-    """--workdir."""
-    return flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.", required=True)
 
 
 def read_config(holder: flags.FlagHolder, steps: int) -> Config:
