@@ -242,10 +242,12 @@ def scan_blocks(
     execution: Execution,
     is_moe: bool,
     count: Int[Array, ""] | None = None,
+    unroll: bool = False,
 ) -> tuple[Float[Array, "b t d"], LayerReports]:
     """Runs a stack of layers of one kind; returns the output, and what each layer reports.
 
     `count`: only the first so many of the stack are layers and the rest is padding, for stages of a pipeline; None: all are.
+    `unroll`: writes the layers out instead of a loop.
     """
     block, ready = Block(config, execution, is_moe), layer_gatherer(execution, "moe" if is_moe else "dense")
 
@@ -259,7 +261,7 @@ def scan_blocks(
         return halves((x, context), layer_params, layer_bias)
 
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
-    unroll = execution.remat == "none" and unrolled(bias.shape[0])
+    unroll = unroll or (execution.remat == "none" and unrolled(bias.shape[0]))
     if count is None:
         return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=unroll)
 

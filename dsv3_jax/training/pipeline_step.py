@@ -26,7 +26,17 @@ from jaxtyping import Array, Float, Int, PyTree
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.loss import Losses, add_losses, head_losses, objective, psum_losses
-from dsv3_jax.model.transformer import Execution, LayerReports, Params, RouterBias, TrunkOutput, embed, scan_blocks, token_context
+from dsv3_jax.model.transformer import (
+    UNROLLED_LAYERS,
+    Execution,
+    LayerReports,
+    Params,
+    RouterBias,
+    TrunkOutput,
+    embed,
+    scan_blocks,
+    token_context,
+)
 from dsv3_jax.parallel.mesh import PIPE_AXIS
 from dsv3_jax.parallel.pipeline import StageOutput, StageParams, run_pipeline
 from dsv3_jax.parallel.schedules import Schedule, Seat, make_schedule, split_layers
@@ -141,7 +151,9 @@ def _make_stage(
     def run_stack(kind: str, own: Params, bias: Array, x: Array, tokens: Array, stage: Array) -> tuple[Array, LayerReports]:
         counts = cut.count[kind]
         count = None if counts.min() == counts.max() else jnp.array(counts)[stage]
-        return scan_blocks(own[kind], bias, x, token_context(tokens, execution), config, execution, kind == "moe", count)
+        # Written out: XLA runs loops one after another, so in a loop no dispatch could run beside the other direction's products.
+        unroll = bias.shape[0] <= UNROLLED_LAYERS
+        return scan_blocks(own[kind], bias, x, token_context(tokens, execution), config, execution, kind == "moe", count, unroll)
 
     def stage(own: Params, shared: Params, x: Array, micro: MicroBatch, index: Array) -> StageOutput:
         tokens, e = micro.rows[:, :-1], config.n_routed_experts
