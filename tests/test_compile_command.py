@@ -55,7 +55,14 @@ def test_bytes_go_to_the_outermost_axis_that_differs_and_loops_multiply_them():
     assert (first.axes, first.sent, first.times, first.dtype) == (("gpu",), {"gpu": 32.0}, 58, "bf16")
     assert (second.axes, second.sent) == (("node", "gpu"), {"node": 32.0, "gpu": 16.0})  # of 4: 2 on the other node, 1 beside, itself
     assert totals(found) == {"all-to-all": {"node": 58 * 32.0, "gpu": 58 * 48.0}}
-    assert hidden(parse(SCHEDULED)) == (2, 1, 1)
+    assert hidden(parse(SCHEDULED)) == (2, 1, 1, 0)
+
+
+def test_products_of_the_other_pass_are_told_from_those_of_the_same():
+    named = SCHEDULED.replace("dimensions={0}", 'dimensions={0}, metadata={op_name="branch_4_fun/jit(_forward)/mlp/all_to_all"}')
+    for name, other in (("backward", 1), ("forward", 0), ("feed_forward", 0)):
+        product = f'rhs_contracting_dims={{1}}, metadata={{op_name="branch_4_fun/jit(_{name})/dot_general"}}'
+        assert hidden(parse(named.replace("rhs_contracting_dims={1}", product))) == (2, 1, 1, other)
 
 
 @pytest.mark.parametrize(

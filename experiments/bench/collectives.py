@@ -103,19 +103,27 @@ class Hidden(NamedTuple):
     all: int
     started: int
     beside_products: int
+    beside_other_pass: int  # products of a backward pass for one of a forward pass, or the reverse: DualPipe's overlapped pairs
 
 
 def hidden(program: Program, kind: str = "all-to-all") -> Hidden:
     """What the order of a scheduled program lets run beside its all-to-alls; each is counted once, however often a loop runs it."""
-    found, started, beside = 0, 0, 0
+    counts = np.zeros(4, int)
     for lines in program.computations.values():
         position = {line.name: i for i, line in enumerate(lines)}
         for start, done in pairs(lines):
             if start.opcode.removesuffix("-start") == kind:
                 between = lines[position[start.name] + 1 : position[done.name]]
-                found, started = found + 1, started + (done is not start)
-                beside += any(is_product(line, program) for line in between)
-    return Hidden(found, started, beside)
+                beside = {_pass_of(line) for line in between if is_product(line, program)}
+                others = beside - {_pass_of(start), ""}
+                counts += 1, done is not start, bool(beside), bool(_pass_of(start) and others)
+    return Hidden(*counts.tolist())
+
+
+def _pass_of(line: Instruction) -> str:
+    """The pass of a pipeline's tick that an instruction belongs to: "forward", "backward", or "" outside of both."""
+    found = re.search(r'op_name="[^"]*jit\(_(forward|backward)\)', line.attributes)
+    return found.group(1) if found else ""
 
 
 def is_product(line: Instruction, program: Program) -> bool:

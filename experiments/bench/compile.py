@@ -114,6 +114,7 @@ def _compilation(report: dict[str, Any]) -> str:
         ("compilation", f"{report['compile_seconds']:.1f} s"),
         ("host memory", f"{gib(report['host_peak_bytes'])} at its peak"),
         ("asynchronous all-to-all", f"{overlap['started']} of {overlap['all']}; {overlap['beside_products']} with products beside them"),
+        ("of an overlapped pair", f"{overlap['beside_other_pass']} of these with products of the other pass beside them"),
     ]
     return table(rows, "<<")
 
