@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from experiments.bench.tiles import fit
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
 from pallas_kernels.gemm.hopper import Product, TuningConfig
+from tests.kernels.interpreter import interpreted
 from tests.kernels.product_cases import BF16_ERROR, Blocks, ProductCases, Rows, assert_near, rough
 
 
@@ -37,14 +36,6 @@ class TestInterpreted(ProductCases):
 
     def run(self, name, *arguments):
         return interpreted(lambda: operation(name)(*arguments, impl="pallas"))
-
-
-def interpreted(run):
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        out = jax.block_until_ready(run())
-    assert not gpu_callbacks.get_races().races_found
-    return out
 
 
 SCHEMES = {

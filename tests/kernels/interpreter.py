@@ -1,0 +1,52 @@
+"""Runs kernels on a simulated GPU that reports races between threads and copies."""
+
+import functools
+
+import jax
+import numpy as np
+from jax._src import callback
+from jax._src.pallas.mosaic_gpu import core, primitives
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
+from jax._src.state.primitives import swap_p
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def interpreted(run):
+    """The output of `run`, which calls kernels; fails on a race."""
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        out = jax.block_until_ready(run())
+    assert not gpu_callbacks.get_races().races_found
+    return out
+
+
+# The interpreter of jax 0.11.2 has no `acc[...] = x` of a wgmma accumulator. Here it becomes an ordinary store, but for
+# races, which registers do not know.
+_interpret, _swap = JaxprInterpreter.interpret, JaxprInterpreter._interpret_swap_p
+
+
+def _with_swaps(self, jaxpr, token, *values):
+    stores = dict(primitive=swap_p, params={"tree": jax.tree.structure(())})
+    eqns = [eqn.replace(**stores) if eqn.primitive is primitives.wgmma_accumulator_store_p else eqn for eqn in jaxpr.eqns]
+    return _interpret(self, jaxpr.replace(eqns=eqns), token, *values)
+
+
+def _swap_or_store(self, eqn, token, get_values):
+    if not isinstance(eqn.invars[0].aval, core.WGMMAAbstractAccumulatorRef):
+        return _swap(self, eqn, token, get_values)
+    key, value = get_values()
+    store = functools.partial(_store_accumulator, source_info=eqn.source_info)
+    out = (gpu_callbacks.TOKEN_SHAPE_DTYPE, eqn.outvars[0].aval)
+    return callback.io_callback(store, out, token=token, mesh_location=self.mesh_location, thread=self.thread, key=key, value=value)
+
+
+@gpu_callbacks.fail_on_exception
+def _store_accumulator(*, token, mesh_location, thread, key, value, source_info):
+    key, memory = gpu_callbacks.HostAllocationKey.from_array(key), gpu_callbacks._get_shared_memory()
+    where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    memory.store_buffer_content(key, memory.access(key, ()), np.array(value), thread, logging_info=where)
+    return token, value
+
+
+JaxprInterpreter.interpret, JaxprInterpreter._interpret_swap_p = _with_swaps, _swap_or_store

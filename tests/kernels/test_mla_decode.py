@@ -1,0 +1,89 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mla_decode as op
+from pallas_kernels.mla_decode import hopper, splits
+from tests.kernels.interpreter import interpreted
+from tests.kernels.mla_decode_cases import ERROR, SCALE, DecodeCases, Problem
+from tests.kernels.product_cases import assert_near
+
+
+class TestReference(DecodeCases):
+    def run(self, problem):
+        return jax.jit(functools.partial(op.mla_decode, scale=SCALE, impl="reference"))(*problem.operands)
+
+
+class TestInterpreted(DecodeCases):
+    """The kernel as written, with as many stretches as test the merge, and stretches that are empty."""
+
+    def run(self, problem):
+        return interpreted(lambda: op.run(*problem.operands, SCALE, splits=2))
+
+
+TUNINGS = {
+    "wide blocks": hopper.TuningConfig(block=64, stages=2, score_slots=1),
+    "few slots, single tiles": hopper.TuningConfig(block=32, stages=2, score_slots=1, pairs=False),
+}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_every_tuning_gives_the_same(tuning):
+    problem = Problem([200, 33, 0], tokens=2, heads=33, seed=1)
+    assert_near(interpreted(lambda: op.run(*problem.operands, SCALE, 1, TUNINGS[tuning])), problem.expected(), ERROR)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "heads", "context", "config"),
+    [
+        (1, 1, 128, 131072, hopper.DEFAULT),
+        (128, 2, 128, 4096, hopper.DEFAULT),
+        (8, 4, 20, 1024, hopper.DEFAULT),
+        (32, 1, 128, 131072, TUNINGS["wide blocks"]),
+    ],
+)
+def test_sizes_of_deployment_can_be_lowered(rows, tokens, heads, context, config):
+    shapes = [(rows, tokens, heads, 576), (512, 64, 512), (512, 64, 64), (rows, context // 64), (rows,)]
+    operands = [jax.ShapeDtypeStruct(s, jnp.bfloat16 if len(s) > 2 else jnp.int32) for s in shapes]
+    number = splits.choose(rows, -(-tokens * heads // 64), 512, context, 132)
+    run = functools.partial(op.run, scale=SCALE, splits=number, config=config)
+    jax.jit(run).trace(*operands).lower(lowering_platforms=("cuda",))
+
+
+def test_few_long_sequences_are_split_and_many_are_not():
+    assert splits.choose(128, 2, 512, 131072, 132) == 1
+    assert splits.choose(1, 2, 512, 256, 132) == 1
+    assert 32 <= splits.choose(1, 2, 512, 131072, 132) <= 66
+    for rows in (1, 2, 8, 33):
+        number = splits.choose(rows, 2, 512, 16384, 132)
+        assert rows * 2 * number <= 132
+
+
+def test_pages_in_fp8_are_dequantized_by_the_reference():
+    problem, rng = Problem([100, 7], tokens=2, heads=4), np.random.default_rng(3)
+    q, c_kv, k_r, table, lengths = problem.operands
+    scales = jnp.asarray(np.float32(rng.uniform(0.5, 2, (*c_kv.shape[:2], 2))))
+    low = c_kv.astype(jnp.float8_e4m3fn)
+    problem.c_kv = low.astype(jnp.float32) * jnp.repeat(scales, 128, -1)
+    out = op.mla_decode(q, low, k_r, table, lengths, SCALE, scales, impl="reference")
+    assert_near(out, problem.expected(), ERROR)
+
+
+SMALL = Problem([5], tokens=1, heads=2).operands
+
+
+@pytest.mark.parametrize(
+    ("operands", "error", "words"),
+    [
+        ((SMALL[0][..., 1:], *SMALL[1:]), ValueError, "q: 319 columns"),
+        ((SMALL[0], SMALL[1].astype(jnp.float8_e4m3fn), *SMALL[2:]), NotImplementedError, "c_kv: dtype float8_e4m3fn"),
+        ((jnp.tile(SMALL[0], (1, 5, 1, 1)), *SMALL[1:]), NotImplementedError, "q: 5 tokens"),
+        ((SMALL[0], SMALL[1][:, :24], SMALL[2][:, :24], *SMALL[3:]), NotImplementedError, "pages of 24"),
+    ],
+)
+def test_what_cannot_be_taken_is_named(operands, error, words):
+    with pytest.raises(error, match=words):
+        op.mla_decode(*operands, SCALE, impl="pallas")
