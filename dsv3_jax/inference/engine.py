@@ -76,7 +76,7 @@ def forward_pages(
     A draw depends on the request's seed and the position alone, not on who else is in the batch.
     """
     mask = jnp.arange(table.shape[1] * cache.moe.k_r.shape[2]) <= positions[:, :, None]
-    hidden, cache = forward_stored(params, bias, tokens, positions, cache, mask, paged(table), config, execution)
+    hidden, cache = forward_stored(params, bias, tokens, positions, cache, mask, paged(table, execution.impl), config, execution)
     rows = jnp.arange(len(last))
     return sample_rows(logits(params, hidden[rows, last]), seeds, positions[rows, last], sampling), cache
 

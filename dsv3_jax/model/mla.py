@@ -19,6 +19,7 @@ from dsv3_jax.model.attention import attention
 from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
 from dsv3_jax.precision.linear import linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
+from pallas_kernels.mla_decode import mla_decode
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -29,6 +30,15 @@ class Latent(NamedTuple):
 
     c_kv: Float[Array, "b s r"]  # normalised, kv_lora_rank wide
     k_r: Float[Array, "b s p"]  # rotated, qk_rope_head_dim wide, shared by all heads
+
+
+class InPages(NamedTuple):
+    """Latents where they lie, to be read through a page table; the queries are the last tokens of each sequence."""
+
+    c_kv: Float[Array, "pages size r"]
+    k_r: Float[Array, "pages size p"]
+    table: Int[Array, "b n"]
+    lengths: Int[Array, " b"]  # with the queries
 
 
 def expanded_attention(
@@ -52,28 +62,39 @@ def expanded_attention(
 def absorbed_attention(
     q_c: Float[Array, "b t h n"],
     q_r: Float[Array, "b t h p"],
-    cache: Latent,
+    cache: Latent | InPages,
     kv_b_proj: Float[Array, "r hnv"],
     scale: float,
     mask: Bool[Array, "b t s"],
 ) -> Float[Array, "b t h v"]:
-    """Decode form: `softmax((q_c W_UK^T) c_kv + q_r k_r) c_kv W_UV` where `mask` is True (V2 2405.04434 sec. 2.1.2)."""
-    b, t, heads, nope = q_c.shape
+    """Decode form: `softmax((q_c W_UK^T) c_kv + q_r k_r) c_kv W_UV` where `mask` is True (V2 2405.04434 sec. 2.1.2).
+
+    In pages, the kernel reads what each token may see, which is all up to itself, and no mask.
+    """
+    heads, nope = q_c.shape[-2:]
     kv_up = kv_b_proj.astype(q_c.dtype).reshape(kv_b_proj.shape[0], heads, -1)
     w_uk, w_uv = jnp.split(kv_up, [nope], axis=-1)
-    # Tokens and heads are the rows of one product a sequence: no operand or result has to be transposed.
-    q_latent = jnp.einsum("bthn,rhn->bthr", q_c, w_uk).reshape(b, t * heads, -1)
-    scores = jnp.einsum("bqr,bsr->bqs", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
+    q_latent = jnp.einsum("bthn,rhn->bthr", q_c, w_uk)
+    if isinstance(cache, InPages):
+        o_latent = mla_decode(jnp.concatenate([q_latent, q_r], -1), *cache, scale, impl="pallas")
+    else:
+        o_latent = _latent_attention(q_latent, q_r, cache, scale, mask)
+    return jnp.einsum("bthr,rhv->bthv", o_latent, w_uv)
+
+
+def _latent_attention(q_latent: Array, q_r: Array, cache: Latent, scale: float, mask: Array) -> Array:
+    """Averages of c_kv, with float32 scores. Tokens and heads are the rows of one product a sequence: nothing has to be transposed."""
+    b, t, heads, _ = q_latent.shape
+    scores = jnp.einsum("bqr,bsr->bqs", q_latent.reshape(b, t * heads, -1), cache.c_kv, preferred_element_type=jnp.float32)
     scores += jnp.einsum("bqp,bsp->bqs", q_r.reshape(b, t * heads, -1), cache.k_r, preferred_element_type=jnp.float32)
     visible = jnp.where(mask[:, :, None], scores.reshape(b, t, heads, -1) * scale, -jnp.inf)
-    probabilities = jax.nn.softmax(visible, axis=-1).astype(q_c.dtype)
-    o_latent = jnp.einsum("bqs,bsr->bqr", probabilities.reshape(b, t * heads, -1), cache.c_kv)
-    return jnp.einsum("bthr,rhv->bthv", o_latent.reshape(b, t, heads, -1), w_uv)
+    probabilities = jax.nn.softmax(visible, axis=-1).astype(q_latent.dtype)
+    return jnp.einsum("bqs,bsr->bqr", probabilities.reshape(b, t * heads, -1), cache.c_kv).reshape(q_latent.shape)
 
 
 # Writes the new entries of a layer into the cache of a stack, of whatever layout; returns it, and all of the layer as attention reads it.
-Store = Callable[[Any, Any, Latent, Array], tuple[Any, Latent]]  # the layer's number comes first
-LayerStore = Callable[[Any, Latent, Array], tuple[Any, Latent]]  # of one layer
+Store = Callable[[Any, Any, Latent, Array], tuple[Any, Latent | InPages]]  # the layer's number comes first
+LayerStore = Callable[[Any, Latent, Array], tuple[Any, Latent | InPages]]  # of one layer
 
 
 def contiguous(layer: Int[Array, ""] | int, cache: Latent, new: Latent, positions: Int[Array, "b t"]) -> tuple[Latent, Latent]:

@@ -31,13 +31,15 @@ def mla_decode(
     `lengths` counts positions with the t new ones, and query t sees those up to its own. What lies past the length, in pages or in
     the table, may be anything. A length of 0 gives zeros. `scales`: of an E4M3 `c_kv`, one for each position and 128 channels.
     """
-    _check_columns(q, c_kv, k_r)
+    _check_queries(q, c_kv, k_r)
     if not use_pallas(impl):
         return reference.mla_decode(q, c_kv, k_r, table, lengths, scale, scales)
-    check_supported(q.shape[1], c_kv.shape, k_r.shape[-1], c_kv.dtype)
-    sms = sm_count()
+    reason = unsupported(q.shape[1], c_kv, k_r)
+    if reason:
+        raise NotImplementedError(f"{reason}; use impl='reference'")
     tiles = -(-q.shape[1] * q.shape[2] // hopper.TILE)
-    return run(q, c_kv, k_r, table, lengths, scale, choose(len(lengths), tiles, c_kv.shape[-1], table.shape[1] * c_kv.shape[1], sms))
+    splits = choose(len(lengths), tiles, c_kv.shape[-1], table.shape[1] * c_kv.shape[1], sm_count())
+    return run(q, c_kv, k_r, table, lengths, scale, splits)
 
 
 def run(
@@ -67,21 +69,21 @@ def merge(partial: Float32[Array, "s b m r"], sums: Float32[Array, "s b m"]) -> 
     return jnp.sum(partial * weights[..., None], axis=0)
 
 
-def check_supported(tokens: int, pool: tuple[int, ...], rope: int, dtype: jnp.dtype) -> None:
-    """Raises NotImplementedError for what the kernel cannot take, with the reason."""
-    _, page, rank = pool
+def unsupported(tokens: int, c_kv: Array, k_r: Array) -> str | None:
+    """Why the kernel cannot take so many queries over this pool, whatever axes come before pages; None if it can."""
+    (page, rank), rope, block = c_kv.shape[-2:], k_r.shape[-1], hopper.DEFAULT.block
     reasons = {
-        f"c_kv: dtype {dtype}: the Hopper kernel reads bfloat16 only": dtype != jnp.bfloat16,
+        f"c_kv: dtype {c_kv.dtype}: the Hopper kernel reads bfloat16 only": c_kv.dtype != jnp.bfloat16,
         f"q: {tokens} tokens of a sequence: the Hopper kernel takes 1 to {MAX_TOKENS}": not 1 <= tokens <= MAX_TOKENS,
         f"c_kv: {rank} columns: the Hopper kernel takes 256 or 512": rank not in (256, 512),
         f"k_r: {rope} columns: the Hopper kernel takes 64": rope != 64,
-        f"pages of {page}: the Hopper kernel takes multiples of {hopper.DEFAULT.block}": page % hopper.DEFAULT.block != 0,
+        f"pages of {page}: the Hopper kernel takes multiples of {block}": page % block != 0,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise NotImplementedError(f"{reason}; use impl='reference'")
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _check_columns(q: Array, c_kv: Array, k_r: Array) -> None:
+def _check_queries(q: Array, c_kv: Array, k_r: Array) -> None:
+    if q.dtype != k_r.dtype:
+        raise ValueError(f"q: dtype {q.dtype}, k_r has {k_r.dtype}; cast it")
     if q.shape[-1] != c_kv.shape[-1] + k_r.shape[-1]:
         raise ValueError(f"q: {q.shape[-1]} columns, c_kv and k_r have {c_kv.shape[-1]} and {k_r.shape[-1]}; pass [q_c W_UK ; q_r]")

@@ -6,6 +6,7 @@ import pytest
 from pallas_kernels import mla_decode as op
 from pallas_kernels.backend import is_hopper
 from pallas_kernels.mla_decode import hopper
+from tests.inference.test_paged_kernel import assert_same, decode
 from tests.kernels.mla_decode_cases import SCALE, DecodeCases
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
@@ -36,3 +37,8 @@ class TestEveryTuning(TestSmall):
 
     def run(self, problem):
         return jax.jit(functools.partial(op.run, scale=SCALE, **self.arguments))(*problem.operands)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_attention_over_pages(tokens):
+    assert_same(decode("pallas", tokens), decode("reference", tokens))

@@ -30,6 +30,7 @@ TUNINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tuning_gives_the_same(tuning):
     problem = Problem([200, 33, 0], tokens=2, heads=33, seed=1)
@@ -79,6 +80,7 @@ SMALL = Problem([5], tokens=1, heads=2).operands
     ("operands", "error", "words"),
     [
         ((SMALL[0][..., 1:], *SMALL[1:]), ValueError, "q: 319 columns"),
+        ((SMALL[0].astype(jnp.float32), *SMALL[1:]), ValueError, "q: dtype float32"),
         ((SMALL[0], SMALL[1].astype(jnp.float8_e4m3fn), *SMALL[2:]), NotImplementedError, "c_kv: dtype float8_e4m3fn"),
         ((jnp.tile(SMALL[0], (1, 5, 1, 1)), *SMALL[1:]), NotImplementedError, "q: 5 tokens"),
         ((SMALL[0], SMALL[1][:, :24], SMALL[2][:, :24], *SMALL[3:]), NotImplementedError, "pages of 24"),
