@@ -46,7 +46,8 @@ class Curve(NamedTuple):
     measured: Mapping[str, np.ndarray]  # what a Watch measured, by name, its times first; empty without one
 
 
-class Text(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # by identity, as a key of what is made from it once
+class Text:
     """The text that all variants of a study see, in the same order."""
 
     corpus: Any
@@ -177,7 +178,12 @@ def evaluate_state(state: TrainState, config: Config, text: Text) -> float:
 
 def held_out_rows(config: Config, text: Text) -> Int[np.ndarray, "n row"]:
     """The rows that a validation loss is of, the same for every seed."""
-    return validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, config.train.sequence_length, config.train.eval_sequences)
+    return _held_out_rows(text, config.train.sequence_length, config.train.eval_sequences)
+
+
+@functools.cache
+def _held_out_rows(text: Text, sequence_length: int, most: int) -> np.ndarray:
+    return validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, sequence_length, most)
 
 
 def _compiled_for(config: Config) -> Config:
