@@ -56,4 +56,6 @@ def test_text_is_cut_once_and_no_more_than_is_asked_for(tmp_path):
     assert write_domains(tmp_path / "text", [source], 1) == sizes  # kept
     with pytest.raises(ConfigError, match=r"--folders = None: no markup was found; .* \.html"):
         write_domains(tmp_path / "other", [source], PIECE)
+    with pytest.raises(ConfigError, match=r"--folders = '.*missing': is no folder"):
+        write_domains(tmp_path / "other", [source, tmp_path / "missing"], PIECE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text"]

@@ -66,6 +66,7 @@ def test_a_run_is_watched_evenly_and_at_its_end(total, times, expected):
 def test_cells_and_bands_show_the_deviation_over_seeds():
     assert study.mean_std([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
     assert study.mean_std([1.5], 1) == "1.5"
+    assert study.difference(np.array([1.0, 2.0]), np.array([2.0, 1.0])) == "0.0000 ± 1.4142 (lower in 1 of 2 seeds)"
     ax = Figure().subplots()
     study.band(ax, [0, 1], np.array([[1.0, 1.0], [3.0, 1.0]]), "name")
     edges = ax.collections[0].get_paths()[0].vertices[:, 1]

@@ -41,8 +41,11 @@ def python_folders() -> list[Path]:
 def write_domains(target: Path, sources: Sequence[Path], most: int) -> dict[str, int]:
     """Writes each domain to `target`/DOMAIN, up to `most` bytes and the end of a piece; returns the bytes. What was written is kept.
 
-    Raises ConfigError for a domain that has nothing.
+    Raises ConfigError for a source that is no folder, and for a domain that has nothing.
     """
+    for source in sources:
+        if not source.is_dir():
+            raise ConfigError("--folders", str(source), "is no folder; name folders that hold text")
     if not target.exists():
         draft = target.with_name(f".{target.name}.{os.getpid()}")
         try:
