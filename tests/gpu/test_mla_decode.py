@@ -27,6 +27,10 @@ class TestFull(TestSmall):
         "heads that fill no tile": dict(lengths=[4095, 64, 1, 1000], tokens=3, heads=20, rank=512),
     }
 
+    @pytest.mark.parametrize("name", [*problems])
+    def test_decode(self, name):
+        super().test_decode(name)
+
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
 @pytest.mark.parametrize("config", [hopper.TuningConfig(), hopper.TuningConfig(64, 2, 1)])
