@@ -14,6 +14,7 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: object, remedy: str):
         super().__init__(f"{field} = {value!r}: {remedy}")
         self.field = field
+        self.remedy = remedy
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ uv run -m experiments.generate --workdir=runs/tiny --prompt='def read(' --specul
 uv run -m experiments.generate --hf=DeepSeek-V3 --chat --prompt='Why is the sky blue?'
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -35,14 +36,13 @@ SPECULATIVE = flags.DEFINE_integer(
 
 
 def main() -> int:
-    from dsv3_jax.inference.chat import render_chat
+    from dsv3_jax.inference.chat import encode_chat
+    from dsv3_jax.inference.text import TextStream
 
     run = SOURCE.open()
     tokenizer = run.tokenizer
     if CHAT.value:
-        # The template spells out the control tokens, the first one included.
-        text = render_chat(run.folder, [{"role": "user", "content": PROMPT.value}])
-        prompt = tokenizer.encode(text, add_special_tokens=False).ids
+        prompt = encode_chat(run.folder, tokenizer, [{"role": "user", "content": PROMPT.value}])
     else:
         prompt = tokenizer.encode(PROMPT.value).ids
     room = run.config.model.max_position_embeddings - len(prompt)
@@ -52,17 +52,13 @@ def main() -> int:
     drafts = {"proposed": 0, "accepted": 0}
     steps = new_tokens(run, prompt, min(MAX_TOKENS.value, room), drafts)
     print("" if CHAT.value else PROMPT.value, end="", flush=True)
-    started, ids, shown = time.perf_counter(), [], ""
-    for token in steps:
-        if token in run.eos_ids:
-            break
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+    started, count, text = time.perf_counter(), 0, TextStream(tokenizer)
+    for token in itertools.takewhile(lambda token: token not in run.eos_ids, steps):
+        count += 1
+        print(text.push(token), end="", flush=True)
+    print(text.flush(), end="")
     seconds = time.perf_counter() - started
-    print(f"\n\n{len(ids)} tokens in {seconds:.1f} s, {len(ids) / seconds:.1f} tokens/s, compilation included", file=sys.stderr)
+    print(f"\n\n{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s, compilation included", file=sys.stderr)
     if drafts["proposed"]:
         share = drafts["accepted"] / drafts["proposed"]
         print(f"{drafts['accepted']} of {drafts['proposed']} drafts accepted ({share:.1%})", file=sys.stderr)

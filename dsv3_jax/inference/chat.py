@@ -6,9 +6,16 @@ from typing import Any
 
 import jinja2
 import jinja2.sandbox
+from tokenizers import Tokenizer
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.json_object import read_object
+
+
+def encode_chat(folder: Path, tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Ids of the prompt for the assistant's next turn. Raises ConfigError as `render_chat`."""
+    # The template spells out the control tokens, the first one included.
+    return tokenizer.encode_batch_fast([render_chat(folder, messages)], add_special_tokens=False)[0].ids
 
 
 def render_chat(folder: Path, messages: Sequence[dict[str, str]]) -> str:
@@ -20,7 +27,7 @@ def render_chat(folder: Path, messages: Sequence[dict[str, str]]) -> str:
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if not isinstance(template, str):
-        raise ConfigError("--chat", str(folder), "there is no chat template beside the tokenizer; leave --chat out")
+        raise ConfigError("--chat", str(folder), "there is no chat template beside the tokenizer; give plain text to continue")
     # A template comes with the weights, from anywhere: it runs without access to Python's objects.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _raise

@@ -89,7 +89,9 @@ class Engine:
         # A sequence may be as long as the model takes; a chunk that overhangs needs positions, but no pages.
         self._longest = config.max_position_embeddings
         self._table_width = -(-(self._longest + settings.chunk) // settings.page_size)
-        self._cache = init_pages(config, settings.pages, settings.page_size, execution.dtype, settings.fp8)
+        # Placed as parameters are, which is where a step leaves it: otherwise each program would be compiled for both places.
+        place = jax.tree.leaves(params)[0].sharding
+        self._cache = jax.device_put(init_pages(config, settings.pages, settings.page_size, execution.dtype, settings.fp8), place)
         self._free = list(range(settings.pages - 1, NOBODY, -1))
         self._waiting: collections.deque[_Sequence] = collections.deque()
         self._rows: list[_Sequence | None] = [None] * settings.rows
@@ -99,6 +101,11 @@ class Engine:
     def waiting(self) -> int:
         """Requests that no token has been read of."""
         return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return sum(sequence is not None for sequence in self._rows)
 
     @property
     def free_pages(self) -> int:

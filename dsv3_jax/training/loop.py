@@ -5,9 +5,7 @@ the host. Before a checkpoint is written every step up to it has been reported, 
 run read as if it had never stopped.
 """
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +16,7 @@ from dsv3_jax.parallel import processes
 from dsv3_jax.training.finish import finish_run
 from dsv3_jax.training.metrics import MetricsWriter
 from dsv3_jax.training.reporting import Reporter
+from dsv3_jax.training.stopping import StopSignal, stop_signal
 from dsv3_jax.training.trainer import Trainer
 from dsv3_jax.training.workdir import CHECKPOINT_DIR, SUMMARY_FILE
 
@@ -32,7 +31,7 @@ def pretrain(config: Config, workdir: Path, command: str) -> int:
             trainer.close()
 
 
-def _run(trainer: Trainer, workdir: Path, command: str, stop: "StopSignal") -> int:
+def _run(trainer: Trainer, workdir: Path, command: str, stop: StopSignal) -> int:
     steps, say = trainer.config.train.steps, processes.say
     if trainer.progress.step >= steps and processes.main_says((workdir / SUMMARY_FILE).exists()):
         say(f"{workdir} is done: {trainer.progress.step} steps. To go on, add --config.train.steps={2 * trainer.progress.step}")
@@ -56,7 +55,7 @@ class End(NamedTuple):
     stopped: bool  # by a signal
 
 
-def _train(trainer: Trainer, stop: "StopSignal") -> End:
+def _train(trainer: Trainer, stop: StopSignal) -> End:
     """Runs steps until the last one, a signal, or too many skipped ones, and saves."""
     train, every = trainer.config.train, trainer.config.checkpoint.every
     if trainer.progress.step >= train.steps:
@@ -81,26 +80,3 @@ def _train(trainer: Trainer, stop: "StopSignal") -> End:
         reporter.flush()
         trainer.save()
         return End(reporter.skipped_in_a_row, stopped())
-
-
-class StopSignal:
-    """Whether SIGTERM or the first Ctrl-C has come."""
-
-    received = False
-
-    def __call__(self, number: int, frame: object) -> None:
-        del frame
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
-@contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps."""
-    stop = StopSignal()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,10 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import MeshConfig
 from dsv3_jax.inference.decode import forward_stored, generate
 from dsv3_jax.inference.engine import Engine, EngineSettings, forward_pages
 from dsv3_jax.inference.paged import init_pages, paged
 from dsv3_jax.model.transformer import Execution, trunk
+from dsv3_jax.parallel.mesh import make_mesh, replicated
 from tests.small import MODEL, parameters, rows
 
 EXECUTION = Execution()
@@ -53,7 +55,8 @@ def drain(engine, into):
 
 
 def test_sequences_join_and_leave_at_fixed_shapes():
-    engine = Engine(*parameters(MODEL), MODEL, EXECUTION, SETTINGS)
+    placed = jax.device_put(parameters(MODEL), replicated(make_mesh(MeshConfig())))  # as those of a run are
+    engine = Engine(*placed, MODEL, EXECUTION, SETTINGS)
     rng = np.random.default_rng(0)
     requests = [(rng.integers(0, 48, length).tolist(), count) for length, count in ((3, 9), (14, 4), (1, 6), (7, 12), (6, 1))]
     compiled = forward_pages._cache_size()
@@ -66,7 +69,7 @@ def test_sequences_join_and_leave_at_fixed_shapes():
     drain(engine, told)
     assert [told[number] for number in numbers] == [alone(*request) for request in requests]
     assert forward_pages._cache_size() - compiled == 2  # a chunk, and a token of every row
-    assert engine.free_pages == SETTINGS.pages - 1
+    assert (engine.running, engine.free_pages) == (0, SETTINGS.pages - 1)
 
 
 def test_draws_depend_on_the_seed_and_not_on_the_company():
@@ -85,7 +88,7 @@ def test_a_cancelled_request_and_an_end_token_give_their_pages_back():
     said = alone([3, 1, 4], 8)
     first, second, third = engine.submit([3, 1, 4], 8, eos_ids=said[2:3]), engine.submit([9] * 20, 16), engine.submit([9] * 20, 16)
     engine.step()
-    assert (engine.waiting, engine.free_pages) == (1, 0)  # the rows are taken, and so are the pages
+    assert (engine.waiting, engine.running, engine.free_pages) == (1, 2, 0)  # the rows are taken, and so are the pages
     engine.cancel(second)
     engine.cancel(third)
     assert drain(engine, {}).get(first, [])[-1] == said[2]
