@@ -109,7 +109,7 @@ def test_number_out_of_range():
     assert_refused(run("generate", "--workdir=runs/none", "--prompt=def", "--top_p=2"), "--top_p", "2", "[0.0, 1.0]")
 
 
-@pytest.mark.parametrize("module", ["pretrain", "generate", "evaluate", "describe"])
+@pytest.mark.parametrize("module", ["pretrain", "generate", "evaluate", "serve", "describe"])
 def test_help(module: str):
     done = run(module, "--help")
     assert done.returncode == 0 and done.stderr == ""

@@ -6,7 +6,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.interop.export import export
 from dsv3_jax.interop.safetensors import TensorSpec, write_folder
+from dsv3_jax.interop.weights import ArraySource
+from tests.small import parameters
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 _STORED = {"tensor/": None, "tensor_bf16/": np.dtype(ml_dtypes.bfloat16), "tensor_fp8/": np.dtype(ml_dtypes.float8_e4m3fn)}
@@ -41,3 +45,9 @@ def public_folder(folder: Path, case: str) -> Path:
     """The public folder of a golden file."""
     arrays = golden(case)
     return write_public(folder, json.loads(str(arrays["config"])), tensors_of(arrays))
+
+
+def write_random(folder: Path, config: ModelConfig) -> Path:
+    """A public folder with random weights."""
+    export(ArraySource(config, *parameters(config)), folder, "source", {}, folder.parent)
+    return folder

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dsv3_jax.config import ConfigError, ModelConfig, from_config_dict
+from dsv3_jax.config import ConfigError, from_config_dict
 from dsv3_jax.inference.chat import render_chat
-from dsv3_jax.interop.export import export
 from dsv3_jax.interop.huggingface import open_public
 from dsv3_jax.interop.safetensors import CheckpointError, read_folder
 from dsv3_jax.interop.store import convert
-from dsv3_jax.interop.weights import ArraySource
 from dsv3_jax.model.transformer import Execution, RouterBias
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.training.evaluate import write_logits
@@ -27,7 +25,7 @@ from dsv3_jax.training.initial import check_initial, load_initial, with_tokenize
 from dsv3_jax.training.run import _eos_ids
 from dsv3_jax.training.tokenizer import train_tokenizer
 from tests import micro_config
-from tests.interop.folders import golden, public_folder
+from tests.interop.folders import golden, public_folder, write_random
 from tests.small import model, parameters
 from tests.test_cli import ROOT, assert_refused, run
 
@@ -47,12 +45,6 @@ def command(name, *arguments):
     done = run(name, *map(str, arguments))
     assert done.returncode == 0, done.stderr
     return done
-
-
-def write_random(folder, config: ModelConfig):
-    """A public folder with random weights."""
-    export(ArraySource(config, *parameters(config)), folder, "source", {}, folder.parent)
-    return folder
 
 
 @pytest.fixture(scope="module")
