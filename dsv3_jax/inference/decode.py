@@ -57,24 +57,49 @@ def forward_stored(
 
     None: the tokens are the first of each sequence, in order, and see one another.
     """
-    x = embed(params, tokens, execution.dtype)
+    return forward_together(params, bias, (MicroBatch(tokens, positions, cache, mask),), store, config, execution)[0]
+
+
+class MicroBatch(NamedTuple):
+    """New tokens of some sequences. With heads over devices (`Placement.heads`) `tokens` are those of this device."""
+
+    tokens: Int[Array, "here_b here_t"]
+    positions: Int[Array, "b t"]
+    cache: Cache
+    mask: Bool[Array, "b t s"] | None
+
+
+def forward_together(
+    params: Params, bias: RouterBias, batches: Sequence[MicroBatch], store: Store, config: ModelConfig, execution: Execution
+) -> list[tuple[Float[Array, "here_b here_t d"], Cache]]:
+    """`forward_stored` of several micro-batches, layer by layer: none waits for what another exchanges (V3 sec. 3.4)."""
     layer_bias = {"dense": jnp.zeros((config.num_dense_layers, config.n_routed_experts)), "moe": bias.moe}
-    new: dict[str, Any] = {}
-    for kind, stack in cache._asdict().items():
-        new[kind] = stack
-        if kind in params:
-            block, layers = Block(config, execution, kind == "moe"), layer_bias[kind].shape[0]
+    xs, caches = [embed(params, batch.tokens, execution.dtype) for batch in batches], [batch.cache for batch in batches]
+    for kind in (kind for kind in Cache._fields if kind in params):
+        block, carry = Block(config, execution, kind == "moe"), [(x, getattr(cache, kind)) for x, cache in zip(xs, caches, strict=True)]
+        carry = _through_stack(block, params[kind], layer_bias[kind], batches, carry, store)
+        xs, caches = [x for x, _ in carry], [cache._replace(**{kind: stack}) for cache, (_, stack) in zip(caches, carry, strict=True)]
+    return [(rms_norm(x, params["norm"], config.rms_norm_eps), cache) for x, cache in zip(xs, caches, strict=True)]
 
-            def layer(carry: tuple[Array, Any], inputs: tuple, block: Block = block) -> tuple[tuple[Array, Any], None]:
-                number, layer_params, bias_row = inputs
-                x, stack = carry
-                of_layer = functools.partial(store, number)
-                return block.apply({"params": layer_params}, x, bias_row, positions, stack, mask, of_layer, method=Block.decode), None
 
-            # The caches of all layers go through the loop as one value, so that a token is written where it stays.
-            inputs = (jnp.arange(layers), params[kind], layer_bias[kind])
-            (x, new[kind]), _ = jax.lax.scan(layer, (x, stack), inputs, unroll=unrolled(layers))
-    return rms_norm(x, params["norm"], config.rms_norm_eps), Cache(**new)
+def _through_stack(
+    block: Block, stack: Params, bias: Float[Array, "layers e"], batches: Sequence[MicroBatch], carry: list[tuple[Array, Any]], store: Store
+) -> list[tuple[Array, Any]]:
+    """Hidden states of the micro-batches and the caches of a stack of layers, after it.
+
+    The caches of all layers go through the loop as one value, so that a token is written where it stays.
+    """
+
+    def layer(carry: list[tuple[Array, Any]], inputs: tuple) -> tuple[list[tuple[Array, Any]], None]:
+        number, layer_params, layer_bias = inputs
+        run = functools.partial(block.apply, {"params": layer_params}, method=Block.decode)
+        of_layer = functools.partial(store, number)
+        return [
+            run(x, layer_bias, batch.positions, pools, batch.mask, of_layer) for batch, (x, pools) in zip(batches, carry, strict=True)
+        ], None
+
+    layers = bias.shape[0]
+    return jax.lax.scan(layer, carry, (jnp.arange(layers), stack, bias), unroll=unrolled(layers))[0]
 
 
 class Draws(NamedTuple):

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import attention
 from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
+from dsv3_jax.parallel.heads import Heads
 from dsv3_jax.precision.linear import linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
 from pallas_kernels.mla_decode import mla_decode
@@ -110,6 +111,7 @@ class MLA(nn.Module):
     config: ModelConfig
     impl: str
     recipe: Recipe = BF16
+    heads: Heads | None = None  # the devices that other heads are on; `config` has the number of those here
 
     def setup(self) -> None:
         c = self.config
@@ -134,12 +136,18 @@ class MLA(nn.Module):
         return self._project(out if self.recipe.fp8 else checkpoint_name(out, "attention_out"))
 
     def decode(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], cache: Any, mask: Bool[Array, "b t s"] | None, store: LayerStore
-    ) -> tuple[Float[Array, "b t d"], Any]:
+        self,
+        x: Float[Array, "here_b here_t d"],
+        positions: Int[Array, "b t"],
+        cache: Any,
+        mask: Bool[Array, "b t s"] | None,
+        store: LayerStore,
+    ) -> tuple[Float[Array, "here_b here_t d"], Any]:
         """Writes the new tokens into the cache, then attends over it. `mask[b, t, s]`: may token t see cache slot s.
 
         Without a mask the new tokens are the first of each sequence and see one another only: the training form, which
-        needs fewer operations where there are as many queries as keys.
+        needs fewer operations where there are as many queries as keys. With heads on other devices too, x has this
+        device's share of the tokens; positions, mask and cache have all of the group's.
         """
         q_c, q_r = self._queries(x, positions)
         new, scale = self._latent(x, positions), softmax_scale(self.config)
@@ -153,17 +161,22 @@ class MLA(nn.Module):
     def _queries(self, x: Array, positions: Array) -> tuple[Array, Array]:
         c = self.config
         if c.q_lora_rank is None:
-            q = self.q_proj(x)
+            q = self.q_proj(self._of_group(x))
         else:
-            q = self.q_b_proj(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x), "q_latent")))
-        q = q.reshape(*x.shape[:2], c.num_attention_heads, c.qk_head_dim)
+            q = self.q_b_proj(self._of_group(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x), "q_latent"))))
+        q = q.reshape(*q.shape[:2], c.num_attention_heads, c.qk_head_dim)
         q_c, q_r = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
         return q_c, rope(q_r, positions, c)
 
     def _latent(self, x: Array, positions: Array) -> Latent:
-        compressed = checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent")
+        compressed = self._of_group(checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent"))
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])
 
     def _project(self, out: Array) -> Array:
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
+        projected = self.o_proj(out.reshape(*out.shape[:2], -1))
+        return self.heads.scatter(projected) if self.heads else projected
+
+    def _of_group(self, x: Array) -> Array:
+        """A value of each token here as one of each token of the devices that share the heads."""
+        return self.heads.gather(x) if self.heads else x

@@ -104,9 +104,10 @@ class Block(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.input_layernorm = RMSNorm(c.rms_norm_eps)
-        self.self_attn = self_attention(c, self.execution.impl, self.execution.recipe)
+        impl, recipe, heads = self.execution.impl, self.execution.recipe, self.execution.placement.heads
+        self.self_attn = MLA(heads.of_one_device(c), impl, recipe, heads) if heads else self_attention(c, impl, recipe)
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps)
-        recipe, balance = self.execution.recipe, self.execution.balance
+        balance = self.execution.balance
         dense = lambda: SwiGLU(c.intermediate_size, c.initializer_range, recipe)  # noqa: E731
         self.mlp = MoE(c, balance, recipe, self.execution.placement) if self.is_moe else dense()
 
@@ -119,13 +120,13 @@ class Block(nn.Module):
 
     def decode(
         self,
-        x: Float[Array, "b t d"],
+        x: Float[Array, "here_b here_t d"],
         bias: Float[Array, " e"],
         positions: Int[Array, "b t"],
         cache: Any,
         mask: Bool[Array, "b t s"] | None,
         store: LayerStore,
-    ) -> tuple[Float[Array, "b t d"], Any]:
+    ) -> tuple[Float[Array, "here_b here_t d"], Any]:
         """The layer over a latent cache; see `MLA.decode`."""
         attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask, store)
         return self._feed_forward(x + attended, bias, jnp.ones(x.shape[:2])).x, cache

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from dsv3_jax.config import MeshConfig, ModelConfig
+from dsv3_jax.parallel.heads import Heads
 from dsv3_jax.parallel.mesh import EXPERT_AXES
 from dsv3_jax.precision.formats import exponent, power_of_two
 from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize, quantize
@@ -47,6 +48,7 @@ class Placement:
     batch_axes: tuple[str, ...] = ()  # that sequences are spread over
     hops: tuple[Hop, ...] = ()  # to the experts; (): they are all here
     bound: float | None = None  # rows of buffers, in multiples of a balanced load; None: the worst case
+    heads: Heads | None = None  # attention heads over devices, for inference; None: they are all here
     gather_layer: Callable[[str, Any], Any] | None = None  # turns master parts of a layer of a stack into what it computes with
 
     @property

@@ -24,8 +24,10 @@ from dsv3_jax.parallel.mesh import BATCH_AXES, EXPERT_AXES, PIPE_AXIS
 STACKS = ("dense", "moe", "mtp")  # their parameters have a leading axis of layers, which the model loops over
 MASTER_AXES = (*BATCH_AXES, PIPE_AXIS)  # pipe is innermost: what comes along it is one run, to be gathered over the others
 
+Table = tuple[tuple[str, tuple[Any, ...]], ...]
+
 # The first name that is on a parameter's path decides; the axes of its dimensions are listed from the front.
-TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
+TABLE: Table = (
     ("experts", (None, EXPERT_AXES)),  # [layers, expert, ...]
 )
 
@@ -56,16 +58,22 @@ class Place:
         return tuple(axis for axis in MASTER_AXES if axis not in _axes_of(self.compute) and axis not in self.axes)
 
 
-def place(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, table: tuple[tuple[str, tuple[Any, ...]], ...] = TABLE) -> Place:
+def compute_place(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, table: Table = TABLE) -> P:
+    """Where the model's functions take a parameter. Raises ConfigError as `place` does."""
+    names = name.split("/")
+    spec = next((P(*axes) for key, axes in table if key in names), P())
+    _check(name, shape, spec, mesh)
+    return spec
+
+
+def place(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, table: Table = TABLE) -> Place:
     """The place of the parameter with this path ("moe/mlp/experts/down_proj") and shape.
 
     Raises ConfigError where the table puts two dimensions on one axis, or where the axes do not divide a dimension.
     Master parts cut the longest dimension that all axes left over divide, or as many of the inner ones as do; a parameter
     without such a dimension stays whole. The axis of layers is never cut: the model loops over it.
     """
-    names = name.split("/")
-    compute = next((P(*axes) for key, axes in table if key in names), P())
-    _check(name, shape, compute, mesh)
+    names, compute = name.split("/"), compute_place(name, shape, mesh, table)
     unused = tuple(a for a in MASTER_AXES if a not in _axes_of(compute) and mesh.shape[a] > 1)
     free = [d for d in range(names[0] in STACKS, len(shape)) if d >= len(compute) or compute[d] is None]
     for start in range(len(unused)):
