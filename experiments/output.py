@@ -38,3 +38,16 @@ def rendered(figure: Any, ending: str) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": "dsv3_jax", "svg.fonttype": "none"}):  # the same picture is the same file
         figure.savefig(buffer, format=ending, dpi=160, metadata=metadata)
     return buffer.getvalue()
+
+
+def panels(title: str, count: int = 1, across: bool = False) -> tuple[Any, list[Any]]:
+    """An empty matplotlib Figure with `count` panels below each other, or beside each other, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * count, 3.6) if across else (8, 3.4 * count), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    axes = list(figure.subplots(*((1, count) if across else (count, 1)), squeeze=False).ravel())
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -60,7 +60,7 @@ def main() -> int:
         write_atomically(Path(f"{FIGURE.value}.{ending}"), rendered(figure, ending))
     if JSON.value:
         write_json(Path(JSON.value), as_json(drawn.schedule))
-    print(_at_this_size(costs) + "\n\n" + _over_sizes(costs))
+    print(compare(P.value, M.value, costs) + "\n\n" + _over_sizes(costs))
     return 0
 
 
@@ -74,10 +74,11 @@ def as_json(schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _at_this_size(costs: Costs) -> str:
-    rows = [(f"P = {P.value}, M = {M.value}", "time", "bubble", "share", "stages a rank", "activations")]
+def compare(ranks: int, micro_batches: int, costs: Costs) -> str:
+    """A table of all schedules at one size. Raises ConfigError for a size that they cannot have."""
+    rows = [(f"P = {ranks}, M = {micro_batches}", "time", "bubble", "share", "stages a rank", "activations")]
     for name in GENERATORS:
-        schedule = make_schedule(name, P.value, M.value)
+        schedule = make_schedule(name, ranks, micro_batches)
         timeline, scale = simulate(schedule, costs), schedule.n_stages // schedule.n_ranks
         # A stage of `v` is half of one of the others: it takes half the time, and holds half as much.
         time, bubble, peak = timeline.makespan / scale, max(timeline.bubbles) / scale, max(timeline.peak_activations) / scale

@@ -68,12 +68,13 @@ def main() -> int:
         }
     if HOSTED.value is not None:
         columns |= dynamic_columns(load, groups)
-    figure = draw(load, groups, placed.physical_to_logical)
+    headline = describe_unit(load.shape[1], REPLICAS.value, groups, *unit[1:])
+    figure = draw(load, placed.physical_to_logical, groups, *unit[1:], headline)
     for ending in ("png", "svg"):
         write_atomically(Path(f"{FIGURE.value}.{ending}"), rendered(figure, ending))
     if JSON.value:
         write_json(Path(JSON.value), {name: value.tolist() for name, value in placed._asdict().items()})
-    print(_headline(load, groups) + "\n\n" + _table(columns))
+    print(headline + "\n\n" + _table(columns))
     return 0
 
 
@@ -99,15 +100,15 @@ def dynamic_columns(load: Any, groups: int) -> dict[str, Any]:
     return dict(zip(names, figures / STEPS.value, strict=True))
 
 
-def draw(load: Any, groups: int, physical_to_logical: Any) -> Any:
+def draw(load: Any, physical_to_logical: Any, groups: int, nodes: int, gpus: int, title: str) -> Any:
     """Load of every GPU over the mean, busiest first, before and after, for the layer that was worst; and the imbalance of all layers."""
     import numpy as np
     from matplotlib.figure import Figure
 
     from dsv3_jax.inference.placement import gpu_loads, plain_loads
 
-    pairs = [("experts once", BEFORE, plain_loads(load, groups, NODES.value, GPUS.value)),
-             ("placed", AFTER, gpu_loads(load, physical_to_logical, GPUS.value))]  # fmt: skip
+    pairs = [("experts once", BEFORE, plain_loads(load, groups, nodes, gpus)),
+             ("placed", AFTER, gpu_loads(load, physical_to_logical, gpus))]  # fmt: skip
     mean = pairs[0][2].mean(1, keepdims=True)
     mean[mean == 0] = 1
     worst = int(np.argmax((pairs[0][2] / mean).max(1)))
@@ -115,7 +116,7 @@ def draw(load: Any, groups: int, physical_to_logical: Any) -> Any:
     of_gpus, of_layers = figure.subplots(1, 2)
     for name, color, loads in pairs:
         relative = loads / mean
-        of_gpus.step(np.arange(GPUS.value), np.sort(relative[worst])[::-1], where="mid", color=color, label=name)
+        of_gpus.step(np.arange(gpus), np.sort(relative[worst])[::-1], where="mid", color=color, label=name)
         of_layers.plot(relative.max(1), color=color, marker=".", label=name)
     of_gpus.set(xlabel=f"GPU, the busiest first (layer {worst})", ylabel="load / mean load", ylim=(0, None))
     of_layers.xaxis.get_major_locator().set_params(integer=True)
@@ -124,13 +125,14 @@ def draw(load: Any, groups: int, physical_to_logical: Any) -> Any:
         ax.axhline(1, color="#9ca3af", linewidth=0.8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False)
-    figure.suptitle(_headline(load, groups), x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK)
+    figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 
 
-def _headline(load: Any, groups: int) -> str:
-    kind = "hierarchical" if groups % NODES.value == 0 else "global"
-    return f"{load.shape[1]} experts in {REPLICAS.value} slots, {GPUS.value} GPUs, {NODES.value} nodes: {kind}"
+def describe_unit(experts: int, replicas: int, groups: int, nodes: int, gpus: int) -> str:
+    """What is placed where, in a line."""
+    kind = "hierarchical" if groups % nodes == 0 else "global"
+    return f"{experts} experts in {replicas} slots, {gpus} GPUs, {nodes} nodes: {kind}"
 
 
 def _table(columns: dict[str, Any]) -> str:

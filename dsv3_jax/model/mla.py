@@ -42,6 +42,16 @@ class InPages(NamedTuple):
     lengths: Int[Array, " b"]  # with the queries
 
 
+def expand(
+    latent: Latent, kv_b_proj: Float[Array, "r hnv"], heads: int, nope: int, recipe: Recipe = BF16
+) -> tuple[Float[Array, "b s h k"], Float[Array, "b s h v"]]:
+    """Keys `[c_kv W_UK ; k_r]`, `nope` of each from the latent, and values `c_kv W_UV` of all heads (eq. 2, 4, 5)."""
+    keys_values = linear(latent.c_kv, kv_b_proj, recipe).reshape(*latent.c_kv.shape[:2], heads, -1)
+    k_c, v = jnp.split(keys_values, [nope], axis=-1)
+    k_r = jnp.broadcast_to(latent.k_r[:, :, None], (*k_c.shape[:3], latent.k_r.shape[-1]))
+    return jnp.concatenate([k_c, k_r], -1), v
+
+
 def expanded_attention(
     q_c: Float[Array, "b t h n"],
     q_r: Float[Array, "b t h p"],
@@ -53,11 +63,8 @@ def expanded_attention(
     recipe: Recipe = BF16,
 ) -> Float[Array, "b t h v"]:
     """Training form: keys `[c_kv W_UK ; k_r]` and values `c_kv W_UV` for every head (eq. 4-10)."""
-    keys_values = linear(latent.c_kv, kv_b_proj, recipe).reshape(*q_c.shape[:3], -1)
-    k_c, v = jnp.split(keys_values, [q_c.shape[-1]], axis=-1)
-    k_r = jnp.broadcast_to(latent.k_r[:, :, None], (*k_c.shape[:3], latent.k_r.shape[-1]))
-    q, k = jnp.concatenate([q_c, q_r], -1), jnp.concatenate([k_c, k_r], -1)
-    return attention(q, k, v, scale=scale, segment_ids=segment_ids, impl=impl)
+    k, v = expand(latent, kv_b_proj, q_c.shape[2], q_c.shape[3], recipe)
+    return attention(jnp.concatenate([q_c, q_r], -1), k, v, scale=scale, segment_ids=segment_ids, impl=impl)
 
 
 def absorbed_attention(
@@ -129,8 +136,8 @@ class MLA(nn.Module):
         self.o_proj = Linear(c.hidden_size, std, self.recipe, AFTER_ATTENTION)
 
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
-        q_c, q_r = self._queries(x, positions)
-        latent = self._latent(x, positions)
+        q_c, q_r = self.queries(x, positions)
+        latent = self.latent(x, positions)
         out = expanded_attention(q_c, q_r, latent, self.kv_b_proj, softmax_scale(self.config), segment_ids, self.impl, self.recipe)
         # In FP8 the next product keeps it, as E5M6 under the same name.
         return self._project(out if self.recipe.fp8 else checkpoint_name(out, "attention_out"))
@@ -149,8 +156,8 @@ class MLA(nn.Module):
         needs fewer operations where there are as many queries as keys. With heads on other devices too, x has this
         device's share of the tokens; positions, mask and cache have all of the group's.
         """
-        q_c, q_r = self._queries(x, positions)
-        new, scale = self._latent(x, positions), softmax_scale(self.config)
+        q_c, q_r = self.queries(x, positions)
+        new, scale = self.latent(x, positions), softmax_scale(self.config)
         cache, latents = store(cache, new, positions)
         if mask is None:
             out = expanded_attention(q_c, q_r, new, self.kv_b_proj, scale, None, self.impl, self.recipe)
@@ -158,7 +165,8 @@ class MLA(nn.Module):
             out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, scale, mask)
         return self._project(out), cache
 
-    def _queries(self, x: Array, positions: Array) -> tuple[Array, Array]:
+    def queries(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h p"]]:
+        """Content queries and rotated queries of every head (eq. 6-9)."""
         c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(self._of_group(x))
@@ -168,7 +176,8 @@ class MLA(nn.Module):
         q_c, q_r = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
         return q_c, rope(q_r, positions, c)
 
-    def _latent(self, x: Array, positions: Array) -> Latent:
+    def latent(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]) -> Latent:
+        """What the tokens leave in the cache (eq. 1, 3)."""
         compressed = self._of_group(checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent"))
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])

@@ -26,7 +26,7 @@ INTERVALS: tuple[int | None, ...] = (32, 64, 128, 256, None)
 
 def main() -> int:
     lengths = [k for k in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if k <= LARGEST_K.value]
-    errors = {interval: [_errors(k, interval) for k in lengths] for interval in INTERVALS}
+    errors = {interval: [sum_errors(k, interval, BITS.value, ROWS.value, STEPS.value) for k in lengths] for interval in INTERVALS}
     figure, (largest, typical) = study.panels(f"Running sum of {BITS.value} bits", 2)
     for interval, values in errors.items():
         label = "never" if interval is None else f"N_C = {interval}"
@@ -47,17 +47,17 @@ def main() -> int:
     return 0
 
 
-def _errors(k: int, interval: int | None) -> tuple[float, float]:
-    """Largest and rms error of a product of random matrices, in percent of the rms of the exact result; means over --steps draws."""
+def sum_errors(k: int, interval: int | None, bits: int, rows: int, draws: int) -> tuple[float, float]:
+    """Largest and rms error of a product of random matrices, in percent of the rms of the exact result; means over `draws`."""
     product = jax.jit(simulated_dot, static_argnums=(2, 3))
     found = []
-    for seed in range(STEPS.value):
+    for seed in range(draws):
         keys = jax.random.split(jax.random.key(seed))
         # Positive on one side, as activations after SwiGLU's gate lean: sums then grow with K.
-        a = E4M3.round(jax.random.uniform(keys[0], (ROWS.value, k)) * 448)
-        b = E4M3.round(jax.random.normal(keys[1], (k, ROWS.value)) * 100)
+        a = E4M3.round(jax.random.uniform(keys[0], (rows, k)) * 448)
+        b = E4M3.round(jax.random.normal(keys[1], (k, rows)) * 100)
         exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-        difference = np.asarray(product(a, b, BITS.value, interval), np.float64) - exact
+        difference = np.asarray(product(a, b, bits, interval), np.float64) - exact
         rms = np.sqrt((exact**2).mean())
         found.append((100 * np.abs(difference).max() / rms, 100 * np.sqrt((difference**2).mean()) / rms))
     largest, typical = np.mean(found, axis=0)

@@ -12,6 +12,7 @@ Published: MLA keeps as much as GQA with 2.25 groups; at equal size it does bett
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -36,25 +37,36 @@ def main() -> int:
     heads, workdir = config.model.num_attention_heads, Path(WORKDIR.value)
     if heads % GROUPS.value:
         raise ConfigError("--groups", GROUPS.value, f"must divide model.num_attention_heads = {heads}")
-    key_values = {"MHA": heads, f"GQA-{GROUPS.value}": GROUPS.value, "MQA": 1}
-    of_group = mha_bytes_per_token(config.model) // heads
-    sizes = {name: of_group * groups for name, groups in key_values.items()} | {"MLA": cache_bytes_per_token(config.model)}
+    key_values, sizes = _key_values(heads, GROUPS.value), cache_sizes(config.model, GROUPS.value)
     figure, axes = study.panels("What a token keeps", 1 + bool(STEPS.value))
     _draw_sizes(axes[0], config.model, sizes)
-    tables, verdict, result = [_sizes_table(config.model, sizes)], _sizes_verdict(sizes, of_group), {"bytes_per_token": sizes}
+    tables, verdict = [_sizes_table(config.model, sizes)], _sizes_verdict(sizes)
+    result: dict[str, Any] = {"bytes_per_token": sizes, "equal_groups": sizes["MLA"] / sizes["MQA"]}
     if STEPS.value:
         models = {name: grouped(config.model, groups) for name, groups in key_values.items()} | {"MLA": config.model}
         losses = _losses(config, models, workdir)
         _draw_losses(axes[1], models, losses)
         tables.append(_losses_table(models, losses))
-        verdict, result = f"{verdict} {_losses_verdict(losses)}", {**result, "val_loss": losses}
-    study.finish(workdir, figure, "\n\n".join(tables), verdict, {**result, "equal_groups": sizes["MLA"] / of_group})
+        verdict, result = f"{verdict} {_losses_verdict(losses)}", result | {"val_loss": losses}
+    study.finish(workdir, figure, "\n\n".join(tables), verdict, result)
     return 0
 
 
 _Sizes = Mapping[str, int]  # bytes a token, bf16, by attention
 _Losses = Mapping[str, np.ndarray]  # one value a seed
 _Models = Mapping[str, ModelConfig]
+
+
+def cache_sizes(model: ModelConfig, groups: int) -> dict[str, int]:
+    """Bytes a token of a bf16 cache over all layers, with the heads of the model; `groups`: key-value heads of GQA."""
+    heads = model.num_attention_heads
+    of_group = mha_bytes_per_token(model) // heads
+    return {name: of_group * count for name, count in _key_values(heads, groups).items()} | {"MLA": cache_bytes_per_token(model)}
+
+
+def _key_values(heads: int, groups: int) -> dict[str, int]:
+    """Key-value heads by attention."""
+    return {"MHA": heads, f"GQA-{groups}": groups, "MQA": 1}
 
 
 def _draw_sizes(ax: Axes, model: ModelConfig, sizes: _Sizes) -> None:
@@ -73,9 +85,9 @@ def _sizes_table(model: ModelConfig, sizes: _Sizes) -> str:
     return study.markdown(header, rows)
 
 
-def _sizes_verdict(sizes: _Sizes, of_group: int) -> str:
+def _sizes_verdict(sizes: _Sizes) -> str:
     return (
-        f"MLA keeps as much as GQA with {sizes['MLA'] / of_group:.2f} groups would, 1/{sizes['MHA'] / sizes['MLA']:.1f} of MHA. "
+        f"MLA keeps as much as GQA with {sizes['MLA'] / sizes['MQA']:.2f} groups would, 1/{sizes['MHA'] / sizes['MLA']:.1f} of MHA. "
         f"Published: as GQA with {PUBLISHED} groups, for V2."
     )
 

@@ -33,6 +33,7 @@ from dsv3_jax.training.state import TrainState, create_state
 from dsv3_jax.training.step import Rates, TrainStep, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
 from experiments import cli
+from experiments.output import panels as panels  # every study draws with it
 
 flags.disclaim_key_flags()
 _PLAIN = dataclasses.asdict(PrecisionConfig())
@@ -236,17 +237,6 @@ def band(ax: Axes, x: Sequence[float] | np.ndarray, curves: Float[np.ndarray, "s
     mean, spread = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
     (line,) = ax.plot(x, mean, label=label, linewidth=1.2, **style)
     ax.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
-def panels(title: str, count: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty plot with `count` panels below each other."""
-    figure = Figure(figsize=(8, 3.4 * count), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    axes = figure.subplots(count, squeeze=False)[:, 0]
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
