@@ -165,8 +165,10 @@ class MLA(nn.Module):
             out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, scale, mask)
         return self._project(out), cache
 
-    def queries(self, x: Float[Array, "b own d"], positions: Int[Array, "b t"]) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h p"]]:
-        """Content queries and rotated queries of every head (eq. 6-9); `own` of the t tokens are here where devices share them."""
+    def queries(
+        self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h p"]]:
+        """Content queries and rotated queries of every head (eq. 6-9). Where devices share heads, x is the part of the tokens here."""
         c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(self._of_group(x))
@@ -176,7 +178,7 @@ class MLA(nn.Module):
         q_c, q_r = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
         return q_c, rope(q_r, positions, c)
 
-    def latent(self, x: Float[Array, "b own d"], positions: Int[Array, "b t"]) -> Latent:
+    def latent(self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]) -> Latent:
         """What the tokens leave in the cache (eq. 1, 3)."""
         compressed = self._of_group(checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent"))
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
