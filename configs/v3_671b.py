@@ -2,10 +2,10 @@
 
 uv run -m experiments.describe --config=configs/v3_671b.py
 
-The report trained it on 2048 H800 in 2664 thousand GPU hours, about 54 days. Not run here: the weights are
-not yet spread over devices, so use it to read the recipe and for what `describe` computes. Real text and a
-tokenizer come with --config.data.source and --config.data.tokenizer. Every value of the recipe is written
-out, also where it is the default.
+The report trained it on 2048 H800 in 2664 thousand GPU hours, about 54 days. Not trained here. `describe` counts it,
+experiments.bench.compile compiles its step for any mesh, and docs/cluster.md has the command for 2048 GPUs. Real text
+and a tokenizer come with --config.data.source and --config.data.tokenizer. Every value of the recipe is written out,
+also where it is the default.
 """
 
 from ml_collections import ConfigDict
