@@ -152,7 +152,8 @@ def greedy(run, prompt, count):
     return run.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_completion_is_the_engines_greedy_text_in_pieces_too(run, client):
+def test_completion_is_the_engines_greedy_text_in_pieces_too(run, client, gate):
+    gate.pause = 0.01  # else tokens that come while one is on its way are sent together
     prompt = run.tokenizer.encode(PROMPT).ids
     expected = greedy(run, prompt, 40)
     asked = {"model": "micro", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
@@ -162,7 +163,7 @@ def test_completion_is_the_engines_greedy_text_in_pieces_too(run, client):
     chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
     pieces = [chunk.choices[0].text for chunk in chunks[:-1]]
-    assert "".join(pieces) == expected and len(pieces) > 10
+    assert "".join(pieces) == expected and len(pieces) > 5
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(pieces) - 1) + ["length"]
     assert client.completions.create(**asked | {"prompt": [prompt]}).choices[0].text == expected
 
@@ -177,10 +178,12 @@ def test_chat_is_a_completion_of_the_template(run, client):
     assert deltas[0].role == "assistant" and "".join(delta.content or "" for delta in deltas) == expected
 
 
-def test_a_stop_string_ends_the_text_before_it(run, client):
+def test_a_stop_string_ends_the_text_before_it(run, client, server, gate):
+    gate.pause = 0.01
     text = greedy(run, run.tokenizer.encode(PROMPT).ids, 40)
     asked = {"model": "micro", "prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stop": ["never said", text[9:14]]}
     whole = client.completions.create(**asked)
+    assert server.figures()["running_rows", None] == 0  # not when the other tokens would have come
     assert (whole.choices[0].text, whole.choices[0].finish_reason) == (text[: text.index(text[9:14])], "stop")
     assert whole.usage.completion_tokens < 40
     assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == whole.choices[0].text
