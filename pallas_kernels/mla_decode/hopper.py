@@ -87,6 +87,8 @@ def attend(
     [splits, rows, m, rank], in bfloat16 if there is one stretch and float32 otherwise, and [splits, rows, m] in float32,
     with m = 64 * tiles; rows past tokens * heads are unspecified.
     """
+    if sizes.page % config.block:
+        raise NotImplementedError(f"pages of {sizes.page}: a block of {config.block} positions lies in one page; take a narrower one")
     paired = _paired(sizes, config)
     clusters: dict[str, Any] = dict(cluster=(2,), cluster_names=("pair",)) if paired else {}
     rows, out = len(lengths), jnp.bfloat16 if sizes.splits == 1 else jnp.float32

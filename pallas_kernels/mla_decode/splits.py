@@ -6,6 +6,7 @@ _FIXED = 6000  # a block of threads: launch, queries, output
 _MERGE = 4000  # the second operation, apart from its bytes
 _BYTES = 4200  # a nanosecond, of the whole GPU
 _POSITIONS = 32
+_WAVES = 4  # rounds over the multiprocessors; more only add to what is merged
 _LEAST = 8  # blocks of positions that are worth a block of threads
 
 
@@ -13,8 +14,7 @@ def choose(rows: int, tiles: int, rank: int, longest: int, sm_count: int) -> int
     """The number of stretches with the least modelled time: `rows` sequences of up to `longest` positions, `tiles` of 64 queries each."""
     blocks = -(-longest // _POSITIONS)
     most = max(blocks // _LEAST, 1)
-    # More than one wave's worth only adds to what is merged.
-    possible = range(1, min(most, max(sm_count // (rows * tiles), 1)) + 1)
+    possible = range(1, min(most, max(_WAVES * sm_count // (rows * tiles), 1)) + 1)
     return min(possible, key=lambda splits: modelled_time(splits, rows * tiles, rank, blocks, sm_count))
 
 

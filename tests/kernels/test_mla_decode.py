@@ -55,12 +55,11 @@ def test_sizes_of_deployment_can_be_lowered(rows, tokens, heads, context, config
 
 
 def test_few_long_sequences_are_split_and_many_are_not():
-    assert splits.choose(128, 2, 512, 131072, 132) == 1
-    assert splits.choose(1, 2, 512, 256, 132) == 1
-    assert 32 <= splits.choose(1, 2, 512, 131072, 132) <= 66
-    for rows in (1, 2, 8, 33):
-        number = splits.choose(rows, 2, 512, 16384, 132)
-        assert rows * 2 * number <= 132
+    number = functools.partial(splits.choose, tiles=2, rank=512, sm_count=132)
+    assert number(128, longest=131072) == number(1, longest=256) == 1
+    assert 32 <= number(1, longest=131072) <= 66
+    assert (number(8, longest=16384), number(33, longest=16384)) == (8, 2)  # as many as fill the multiprocessors once
+    assert 2 < number(48, longest=32768) <= 5  # 96 units would leave a quarter of them idle
 
 
 def test_pages_in_fp8_are_dequantized_by_the_reference():
@@ -89,3 +88,9 @@ SMALL = Problem([5], tokens=1, heads=2).operands
 def test_what_cannot_be_taken_is_named(operands, error, words):
     with pytest.raises(error, match=words):
         op.mla_decode(*operands, SCALE, impl="pallas")
+
+
+def test_a_block_of_positions_lies_in_one_page():
+    problem = Problem([40], tokens=1, heads=2, page=32)
+    with pytest.raises(NotImplementedError, match="pages of 32: a block of 64"):
+        op.run(*problem.operands, SCALE, 1, TUNINGS["wide blocks"])
