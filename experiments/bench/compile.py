@@ -21,8 +21,9 @@ from typing import Any
 
 from absl import flags
 
-from dsv3_jax.config import Config, ConfigError
+from dsv3_jax.config import Config
 from experiments import cli
+from experiments.bench.targets import described_gpus, read_target
 from experiments.output import check_output, gib, table
 
 CONFIG = cli.define_config()
@@ -36,16 +37,15 @@ def main() -> int:
     for name, value in (("--hlo", HLO.value), ("--json", JSON.value)):
         if value:
             check_output(name, value)
-    if TARGET.value and not Path(TARGET.value).is_file():
-        raise ConfigError("--target", TARGET.value, "no such file")
-    if TARGET.value:
+    target = read_target(TARGET.value) if TARGET.value else None
+    if target is not None:
         os.environ["JAX_PLATFORMS"] = "cpu"
     else:
         cli.fake_devices(config.parallel.mesh.devices, only_compile=True)
     from dsv3_jax.training.metrics import write_atomically, write_json
 
     logging.getLogger("dsv3_jax").setLevel(logging.WARNING)  # layers log what they pick, and here nothing runs
-    report, text = measure(config, TARGET.value and Path(TARGET.value).read_text())
+    report, text = measure(config, target)
     if HLO.value:
         write_atomically(Path(HLO.value), text.encode())
     if JSON.value:
@@ -91,14 +91,8 @@ def measure(config: Config, target: str | None = None) -> tuple[dict[str, Any], 
 
 def gpu_devices(target: str, config: Config) -> list[Any]:
     """As many GPUs of a description as the mesh has, `gpu` of them a host, to be compiled for. Raises ConfigError without the gpu extra."""
-    from jax.experimental import topologies
-
     mesh = config.parallel.mesh
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{mesh.devices // mesh.gpu}x{mesh.gpu}")
-    except NotImplementedError as error:
-        raise ConfigError("--target", TARGET.value, f"JAX has no CUDA plugin here ({error}); install the gpu extra") from error
-    return topology.devices
+    return described_gpus(target, f"1x{mesh.devices // mesh.gpu}x{mesh.gpu}")
 
 
 def render(report: dict[str, Any]) -> str:

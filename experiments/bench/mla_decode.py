@@ -7,16 +7,21 @@ Every sequence has the whole context, in shuffled pages; random numbers. Times a
 merge of stretches included, from CUPTI: medians, with a cold L2 (a large buffer is written before each). Bytes are those of
 the cache, the queries and the output, each counted once; a rate of 100 % is that of a copy measured in the same run. The
 error is relative, by Frobenius norm, of the first sequence against the reference in float32. Cases that do not fit into
-memory are left out, and named. Needs a Hopper GPU.
+memory are left out, and named. Needs a Hopper GPU; with --target, the description of one as experiments.bench.compile takes
+it, what ptxas makes of the kernel is printed instead, which needs the `gpu` extra and no GPU.
 """
 
 import dataclasses
 import functools
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
+from experiments.bench.targets import described_gpus, read_target
 from experiments.bench.timing import copy_rate, draw, kernel_seconds, require_hopper
 
 BATCH = flags.DEFINE_list("batch", ["1", "8", "32", "128"], "Numbers of sequences, with commas between them.")
@@ -26,13 +31,18 @@ TOKENS = flags.DEFINE_integer("tokens", 1, "Queries of a sequence.", lower_bound
 SPLITS = flags.DEFINE_integer("splits", 0, "Stretches of a sequence; 0: as the model of the time picks them.", lower_bound=0)
 TUNING = flags.DEFINE_list("tuning", [], "Positions of a slot, slots, blocks of scores; nothing: the default.")
 
+TARGET = flags.DEFINE_string("target", None, "File that describes the GPU to compile for, instead of timing.")
+
 RANK, ROPE, PAGE = 512, 64, 64
 MEMORY = 0.8  # of the device's, for the cache
 
 
 def main() -> int:
-    require_hopper()
     cases = [(int(batch), int(context)) for batch in BATCH.value for context in CONTEXT.value]
+    if TARGET.value:
+        print(compiled(*cases[0], read_target(TARGET.value)))
+        return 0
+    require_hopper()
     room = pages_that_fit()
     largest = max((b * c // PAGE for b, c in cases if b * c // PAGE <= room), default=0)
     pool = [pages(seed, largest, columns) for seed, columns in ((0, RANK), (1, ROPE))]
@@ -43,6 +53,21 @@ def main() -> int:
         fits = batch * context // PAGE <= room
         print(line(batch, context, pool, copied) if fits else f"{batch:>5} {context:>7}  does not fit into memory", flush=True)
     return 0
+
+
+def compiled(batch: int, context: int, target: str) -> str:
+    """What ptxas says of the kernel of one case: registers, spills, warnings."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder)
+        import jax
+
+        place = jax.sharding.SingleDeviceSharding(described_gpus(target, "1x1x1")[0])
+        pool, rows = (batch * context // PAGE, PAGE), (batch, TOKENS.value, HEADS.value)
+        shapes = [(*rows, RANK + ROPE), (*pool, RANK), (*pool, ROPE), (batch, context // PAGE), (batch,)]
+        dtypes = ["bfloat16"] * 3 + ["int32"] * 2
+        operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        decoding(SPLITS.value or 1).trace(*operands).lower().compile()
+        return "\n".join(path.read_text().strip() for path in Path(folder).glob("*.ptxas"))
 
 
 def pages_that_fit() -> int:
@@ -66,10 +91,16 @@ def line(batch: int, context: int, pool: list[Any], copied: float) -> str:
     import jax
     import jax.numpy as jnp
 
+    from pallas_kernels.backend import sm_count
+    from pallas_kernels.mla_decode.hopper import TILE
+    from pallas_kernels.mla_decode.splits import choose
+
     shape = batch, TOKENS.value, HEADS.value, RANK + ROPE
     order = jax.random.permutation(jax.random.key(2), batch * context // PAGE)
     operands = [draw(3, shape, "bfloat16"), *pool, order.reshape(batch, -1).astype(jnp.int32), jnp.full(batch, context, jnp.int32)]
-    run, splits = decoding(batch, context)
+    tiles = -(-TOKENS.value * HEADS.value // TILE)
+    splits = SPLITS.value or choose(batch, tiles, RANK, context, sm_count())
+    run = decoding(splits)
     seconds = kernel_seconds(run, operands, cold=True, of=sum)
     queries = batch * TOKENS.value * HEADS.value
     moved = 2 * (batch * context * (RANK + ROPE) + queries * (RANK + ROPE + RANK))
@@ -80,20 +111,15 @@ def line(batch: int, context: int, pool: list[Any], copied: float) -> str:
     )
 
 
-def decoding(batch: int, context: int) -> tuple[Any, int]:
-    """The operation at these sizes, and its number of stretches."""
+def decoding(splits: int) -> Any:
+    """The operation, to be called or lowered."""
     import jax
 
-    from pallas_kernels import mla_decode
-    from pallas_kernels.backend import sm_count
-    from pallas_kernels.mla_decode import hopper
-    from pallas_kernels.mla_decode.splits import choose
+    from pallas_kernels.mla_decode import hopper, run
 
-    tiles = -(-TOKENS.value * HEADS.value // hopper.TILE)
-    splits = SPLITS.value or choose(batch, tiles, RANK, context, sm_count())
     fields: Any = zip(("block", "stages", "score_slots"), map(int, TUNING.value), strict=False)
     config = dataclasses.replace(hopper.DEFAULT, **dict(fields))
-    return jax.jit(functools.partial(mla_decode.run, scale=(128 + ROPE) ** -0.5, splits=splits, config=config)), splits
+    return jax.jit(functools.partial(run, scale=(128 + ROPE) ** -0.5, splits=splits, config=config))
 
 
 def error(run: Any, operands: list[Any]) -> float:
