@@ -69,11 +69,11 @@ def new_tokens(run: "Run", prompt: list[int], count: int, drafts: dict[str, int]
     """The tokens after a prompt, one by one; adds proposed and accepted drafts to `drafts` where tokens are drafted."""
     import jax
 
-    from dsv3_jax.inference.decode import generate
+    from dsv3_jax.inference.decode import at_rest, generate
     from dsv3_jax.inference.speculative import generate_speculatively
 
     settings: dict[str, Any] = dict(max_new_tokens=count, temperature=TEMPERATURE.value, top_p=TOP_P.value, key=jax.random.key(SEED.value))
-    model = (run.params, run.router_bias, [prompt], run.config.model, run.execution)
+    model = (at_rest(run.params, run.execution), run.router_bias, [prompt], run.config.model, run.execution)
     if not SPECULATIVE.value:
         yield from (int(token[0]) for token in generate(*model, **settings))
         return

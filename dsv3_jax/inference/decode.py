@@ -102,6 +102,22 @@ def _through_stack(
     return jax.lax.scan(layer, carry, (jnp.arange(layers), stack, bias), unroll=unrolled(layers))[0]
 
 
+KEPT_WIDE = ("router", "scale", "norm")  # used in float32
+
+
+@functools.partial(jax.jit, static_argnames="execution")
+def at_rest(params: Params, execution: Execution) -> Params:
+    """Master weights as every use of them would cast them, once: the same numbers, half the bytes to read in bf16.
+
+    In FP8 a kernel is quantized from its float32 master, so nothing is changed.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        return leaf if path[-1].key in KEPT_WIDE else leaf.astype(execution.dtype)
+
+    return params if execution.recipe.fp8 else jax.tree_util.tree_map_with_path(one, params)
+
+
 class Draws(NamedTuple):
     """How a generation draws: token i of every sequence with the key `fold_in(key, i)`."""
 

@@ -95,6 +95,11 @@ class Unit:
         """The parameters on the devices of the unit."""
         return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.places(params)))
 
+    def abstract(self, tree: PyTree, where: PyTree[P] | P) -> PyTree:
+        """Shapes, dtypes and places of a tree of arrays or shapes, to lower a program with."""
+        specs = jax.tree.map(lambda _: where, tree) if isinstance(where, P) else where
+        return jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec)), tree, specs)
+
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache of `length` slots for each of `batch` sequences, which the groups divide."""
         make = functools.partial(init_cache, self.config, batch, length, self.execution.dtype)

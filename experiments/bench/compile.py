@@ -23,7 +23,7 @@ from absl import flags
 
 from dsv3_jax.config import Config
 from experiments import cli
-from experiments.bench.targets import described_gpus, read_target
+from experiments.bench.targets import gpu_devices, read_target
 from experiments.output import check_output, gib, table
 
 CONFIG = cli.define_config()
@@ -64,7 +64,8 @@ def measure(config: Config, target: str | None = None) -> tuple[dict[str, Any], 
     from experiments.bench.collectives import collectives, hidden, totals
     from experiments.bench.hlo import parse
 
-    mesh = make_mesh(config.parallel.mesh, gpu_devices(target, config) if target else None)
+    sizes = config.parallel.mesh
+    mesh = make_mesh(sizes, gpu_devices(target, sizes.devices, sizes.gpu) if target else None)
     started = time.perf_counter()
     lowered = lower_train_step(config, mesh)
     lower_seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -72,7 +73,7 @@ def measure(config: Config, target: str | None = None) -> tuple[dict[str, Any], 
     compile_seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    program, sizes = parse(text), dict(mesh.shape)
+    program = parse(text)
     return {
         "devices": mesh.devices.size,
         "platform": mesh.devices.flat[0].device_kind,
@@ -84,15 +85,9 @@ def measure(config: Config, target: str | None = None) -> tuple[dict[str, Any], 
         "aliased_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "estimate": {item.kind: item.per_device for item in device_memory(config)},
-        "sent_bytes": totals(collectives(program, sizes)),
+        "sent_bytes": totals(collectives(program, dict(mesh.shape))),
         "overlap": hidden(program)._asdict(),
     }, text
-
-
-def gpu_devices(target: str, config: Config) -> list[Any]:
-    """As many GPUs of a description as the mesh has, `gpu` of them a host, to be compiled for. Raises ConfigError without the gpu extra."""
-    mesh = config.parallel.mesh
-    return described_gpus(target, f"1x{mesh.devices // mesh.gpu}x{mesh.gpu}")
 
 
 def render(report: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.bench.targets import described_gpus, read_target
+from experiments.bench.targets import gpu_devices, read_target
 from experiments.bench.timing import copy_rate, draw, kernel_seconds, require_hopper
 
 BATCH = flags.DEFINE_list("batch", ["1", "8", "32", "128"], "Numbers of sequences, with commas between them.")
@@ -61,7 +61,7 @@ def compiled(batch: int, context: int, target: str) -> str:
         os.environ.update(JAX_PLATFORMS="cpu", MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder)
         import jax
 
-        place = jax.sharding.SingleDeviceSharding(described_gpus(target, "1x1x1")[0])
+        place = jax.sharding.SingleDeviceSharding(gpu_devices(target)[0])
         pool, rows = (batch * context // PAGE, PAGE), (batch, TOKENS.value, HEADS.value)
         shapes = [(*rows, RANK + ROPE), (*pool, RANK), (*pool, ROPE), (batch, context // PAGE), (batch,)]
         dtypes = ["bfloat16"] * 3 + ["int32"] * 2

@@ -13,11 +13,12 @@ def read_target(name: str) -> str:
     return Path(name).read_text()
 
 
-def described_gpus(target: str, topology: str) -> list[Any]:
-    """Devices of a description (XLA's GpuTargetConfigProto as text), arranged as e.g. "1x8x8". Raises ConfigError without the gpu extra."""
+def gpu_devices(description: str, devices: int = 1, a_host: int = 1) -> list[Any]:
+    """GPUs of a description (GpuTargetConfigProto as text), `a_host` of them a host. Raises ConfigError without the gpu extra."""
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(platform="cuda", target_config=target, topology=topology).devices
+        topology = topologies.get_topology_desc(platform="cuda", target_config=description, topology=f"1x{devices // a_host}x{a_host}")
     except NotImplementedError as error:
-        raise ConfigError("--target", topology, f"JAX has no CUDA plugin here ({error}); install the gpu extra") from error
+        raise ConfigError("--target", "cuda", f"JAX has no CUDA plugin here ({error}); install the gpu extra") from error
+    return topology.devices

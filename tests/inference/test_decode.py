@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.inference.cache import init_cache
-from dsv3_jax.inference.decode import forward_cached, generate
+from dsv3_jax.inference.decode import at_rest, forward_cached, generate
 from dsv3_jax.inference.sampling import GREEDY, Sampling, sample, top_p_mask
 from dsv3_jax.model.transformer import Execution, logits, trunk
 from tests.small import MODEL, model, parameters, rows
@@ -44,6 +44,15 @@ def test_prompts_of_different_length_are_continued_as_if_alone():
     together = np.stack(list(steps), 1)
     for prompt, got in zip(prompts, together, strict=True):
         assert got.tolist() == greedy_without_cache(params, bias, prompt, 6)
+
+
+def test_weights_at_rest_give_the_same_numbers():
+    execution, (params, bias) = Execution("bfloat16"), parameters(MODEL)
+    resting = at_rest(params, execution)
+    assert resting["moe"]["self_attn"]["o_proj"]["kernel"].dtype == resting["embed"].dtype == jnp.bfloat16
+    run = jax.jit(trunk, static_argnums=(3, 4))
+    one, other = (run(p, bias, rows(MODEL, 2, 10), MODEL, execution).hidden for p in (params, resting))
+    np.testing.assert_array_equal(one.astype(jnp.float32), other.astype(jnp.float32))
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[1] * 60]])
