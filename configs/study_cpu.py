@@ -2,7 +2,7 @@
 
 uv run -m experiments.ablations.balancing --config=configs/study_cpu.py --workdir=runs/balancing
 
-Eight groups of four experts, so that a token's four can lie on one to eight nodes.
+Eight groups of four experts; a token's four may lie in any, because four groups are as many as they can need.
 """
 
 from ml_collections import ConfigDict

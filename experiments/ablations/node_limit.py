@@ -1,12 +1,15 @@
 """What a limit of nodes a token costs in loss, and what it saves in traffic: M = 1, 2, 4 and all (V3 sec. 2.1.2, 3.2.2).
 
-    uv run -m experiments.ablations.node_limit --config=configs/study_cpu.py --workdir=runs/node_limit
-    uv run -m experiments.ablations.node_limit --config=configs/study_120m.py --config.model.n_routed_experts=32 \\
-        --config.model.n_group=8 --steps=1000 --workdir=runs/node_limit-gpu
+    uv run -m experiments.ablations.node_limit --config=configs/study_cpu.py --config.model.n_routed_experts=64 \\
+        --config.model.num_experts_per_tok=8 --workdir=runs/node_limit
+    uv run -m experiments.ablations.node_limit --config=configs/study_120m.py --config.model.n_routed_experts=64 \\
+        --config.model.num_experts_per_tok=8 --config.model.n_group=8 --config.model.moe_intermediate_size=128 --steps=1000 \\
+        --workdir=runs/node_limit-gpu
 
 Groups of experts stand for nodes; nothing is spread. On held-out text: the nodes that a token's experts lie on, and the bytes that
 it sends over InfiniBand in a layer's forward pass, once to each node but its own, as FP8, and back from it as bf16. Its own
-node may be any. Published: M = 4 of 8 nodes; its loss is not compared with others.
+node may be any. M below K, the experts of a token: the best K lie in the K groups with the best of them anyhow. Published: M = 4 of
+8 nodes; its loss is not compared with others.
 """
 
 from pathlib import Path
@@ -53,11 +56,12 @@ def main() -> int:
 
 
 def _variants(config: Config) -> dict[str, Config]:
-    """By M. Raises ConfigError for one that is no number or that the configuration has no room for."""
-    wrong = [limit for limit in LIMITS.value if not limit.isdecimal() or not 0 < int(limit) < config.model.n_group]
-    if wrong or not LIMITS.value:
-        remedy = f"name numbers from 1 to {config.model.n_group - 1}, below model.n_group = {config.model.n_group}"
-        raise ConfigError("--limits", ",".join(LIMITS.value), remedy)
+    """By M. Raises ConfigError for one that is no number or that limits nothing."""
+    m = config.model
+    most = min(m.n_group, m.num_experts_per_tok) - 1
+    if not LIMITS.value or not all(limit.isdecimal() and 0 < int(limit) <= most for limit in LIMITS.value):
+        below = f"model.n_group = {m.n_group} and model.num_experts_per_tok = {m.num_experts_per_tok}"
+        raise ConfigError("--limits", ",".join(LIMITS.value), f"name numbers from 1 to {most}, below {below}, or raise these")
     limits = {limit: int(limit) for limit in LIMITS.value} | {ALL: config.model.n_group}
     return {name: study.changed(config, model={"topk_group": limit}) for name, limit in limits.items()}
 
