@@ -19,6 +19,7 @@ MICRO = [
     "--config.model.n_shared_experts=0",
     "--config.train.batch_size=2",
 ]
+ONE_MODULE = ["--config.model.num_nextn_predict_layers=1"]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,7 @@ MICRO = [
         ("balancing", [*MICRO, "--steps=2", "--seeds=2", "--times=2", "--strategies=sequence_wise,loss_free"], ("last",)),
         ("fp8_vs_bf16", [*MICRO, "--steps=2"], ("mean_error", "largest_error", "chance_mean")),
         ("kv_cache", [*MICRO, "--steps=2", "--seeds=2", "--groups=1"], ("bytes_per_token", "equal_groups", "val_loss")),
+        ("mtp", [*MICRO, *ONE_MODULE, "--steps=2", "--seeds=2", "--drafts=1", "--prompts=1"], ("val_loss", "flops", "accepted", "speedup")),
         ("node_limit", [*MICRO, "--steps=2", "--seeds=2", "--limits=1", "--config.model.num_experts_per_tok=2"], ("bytes_a_token",)),
         ("quant_granularity", [*MICRO, "--steps=1", "--coarse=128x128"], ("val_loss", "errors")),
         ("specialization", [*MICRO, "--steps=2", "--seeds=2", "--domain_kib=128"], ("bits", "loads")),
