@@ -20,6 +20,7 @@ MICRO = [
     "--config.train.batch_size=2",
 ]
 ONE_MODULE = ["--config.model.num_nextn_predict_layers=1"]
+NEEDLES = ["--config.model.vocab_size=600", "--config.train.sequence_length=48", "--config.data.fim_rate=0", "--lengths=1"]
 
 
 @pytest.mark.parametrize(
@@ -27,8 +28,10 @@ ONE_MODULE = ["--config.model.num_nextn_predict_layers=1"]
     [
         ("accumulation", ["--steps=1", "--rows=4", "--largest_k=512"], ("errors_percent",)),
         ("balancing", [*MICRO, "--steps=2", "--seeds=2", "--times=2", "--strategies=sequence_wise,loss_free"], ("last",)),
+        ("fim", [*MICRO, "--config.train.sequence_length=48", "--steps=2", "--seeds=2", "--rates=0,0.5"], ("val_loss", "figures")),
         ("fp8_vs_bf16", [*MICRO, "--steps=2"], ("mean_error", "largest_error", "chance_mean")),
         ("kv_cache", [*MICRO, "--steps=2", "--seeds=2", "--groups=1"], ("bytes_per_token", "equal_groups", "val_loss")),
+        ("long_context", [*MICRO, *NEEDLES, "--steps=2", "--seeds=2", "--extension_steps=1", "--trials=1"], ("found", "depths", "lengths")),
         ("mtp", [*MICRO, *ONE_MODULE, "--steps=2", "--seeds=2", "--drafts=1", "--prompts=1"], ("val_loss", "flops", "accepted", "speedup")),
         ("node_limit", [*MICRO, "--steps=2", "--seeds=2", "--limits=1", "--config.model.num_experts_per_tok=2"], ("bytes_a_token",)),
         ("quant_granularity", [*MICRO, "--steps=1", "--coarse=128x128"], ("val_loss", "errors")),

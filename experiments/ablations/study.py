@@ -107,16 +107,21 @@ def with_seed(config: Config, number: int) -> Config:
     return changed(config, train={"seed": config.train.seed + number}, data={"seed": config.data.seed + number})
 
 
-def train_seeds(variants: Mapping[str, Config], seeds: int, workdir: Path, watch: Watch | None = None) -> dict[str, list[Curve]]:
-    """Trains each variant from each of so many seeds; returns the curves of every seed by name. Seeds share compiled programs."""
+def train_seeds(
+    variants: Mapping[str, Config], seeds: int, workdir: Path, watch: Watch | None = None, text: Text | None = None
+) -> dict[str, list[Curve]]:
+    """Trains each variant from each of so many seeds; returns the curves of every seed by name. Seeds share compiled programs.
+
+    text: what to train on; None: what the configuration names.
+    """
     runs = {f"{name}-seed{number}": with_seed(config, number) for name, config in variants.items() for number in range(seeds)}
-    curves = train_variants(runs, workdir, watch)
+    curves = train_variants(runs, workdir, watch, text)
     return {name: [curves[f"{name}-seed{number}"] for number in range(seeds)] for name in variants}
 
 
-def train_variants(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None) -> dict[str, Curve]:
+def train_variants(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None, text: Text | None = None) -> dict[str, Curve]:
     """Trains each variant from its seed, on text in the order that its seed gives; returns the curves by name."""
-    text = open_text(next(iter(variants.values())), workdir)
+    text = text or open_text(next(iter(variants.values())), workdir)
     return {
         name: _done(config, workdir / f"{name}.json") or train_variant(name, config, text, workdir, watch)[0]
         for name, config in variants.items()
@@ -141,11 +146,11 @@ def train_variant(name: str, config: Config, text: Text, workdir: Path, watch: W
 
 
 def train(
-    config: Config, text: Text, name: str, watch: Watch | None = None
+    config: Config, text: Text, name: str, watch: Watch | None = None, start: TrainState | None = None
 ) -> tuple[TrainState, Float[np.ndarray, " steps"], dict[str, np.ndarray]]:
-    """Trains from `train.seed`; returns the state, the loss of every step, and what was measured, with its `step`."""
+    """Trains from `start`, None: from `train.seed`; returns the state, the loss of every step, and what was measured, with its `step`."""
     run, plain = config.train, changed(config, precision=_PLAIN)
-    state = _creator(_compiled_for(plain))(run.seed)
+    state = _creator(_compiled_for(plain))(run.seed) if start is None else jax.tree.map(jnp.copy, start)  # steps take what they are given
     step = _train_step(_compiled_for(config), text.vocabulary.eos_id)
     loader = TrainLoader(text.corpus.train, text.tokenizer, text.vocabulary, config.data, run.sequence_length)
     most, tokens, losses = run.batch_size // run.micro_batch_size, 0, []
