@@ -40,8 +40,9 @@ def main() -> int:
     from dsv3_jax.training.stopping import stop_signal
 
     settings = lifetime.Settings(
-        NAME.value, ROWS.value, CONTEXT.value, FP8_CACHE.value, MAX_QUEUE.value, TIMEOUT.value, MAX_BODY.value, GRACE.value
-    )
+        name=NAME.value, rows=ROWS.value, context=CONTEXT.value, fp8_cache=FP8_CACHE.value,
+        max_queue=MAX_QUEUE.value, timeout=TIMEOUT.value, max_body=MAX_BODY.value, grace=GRACE.value,
+    )  # fmt: skip
     bound = lifetime.bind(HOST.value, PORT.value)  # before the model is read, which may take minutes
     run = SOURCE.open()
     with stop_signal() as stop:

@@ -142,14 +142,19 @@ def client(server):
     return server.client()
 
 
-def greedy(run, prompt, count):
+def greedy_ids(run, prompt, count):
     """What the engine says after a prompt, without a server."""
     engine = Engine(run.params, run.router_bias, run.config.model, run.execution, EngineSettings(rows=2, pages=3))
     engine.submit(prompt, count)
     ids = []
     while not engine.idle:
         ids += [new.token for new in engine.step()]
-    return run.tokenizer.decode(ids, skip_special_tokens=False)
+    return ids
+
+
+def greedy(run, prompt, count):
+    """The text of it."""
+    return run.tokenizer.decode(greedy_ids(run, prompt, count), skip_special_tokens=False)
 
 
 def test_completion_is_the_engines_greedy_text_in_pieces_too(run, client, gate):
@@ -187,6 +192,17 @@ def test_a_stop_string_ends_the_text_before_it(run, client, server, gate):
     assert (whole.choices[0].text, whole.choices[0].finish_reason) == (text[: text.index(text[9:14])], "stop")
     assert whole.usage.completion_tokens < 40
     assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == whole.choices[0].text
+
+
+def test_an_end_token_ends_the_text_and_is_no_part_of_it(run):
+    prompt = run.tokenizer.encode(PROMPT).ids
+    ids = greedy_ids(run, prompt, 40)
+    place = ids.index(ids[8])
+    with serving(run._replace(eos_ids=(299, ids[8]))) as server:
+        answer = server.post(model="micro", prompt=PROMPT, max_tokens=40, temperature=0).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (run.tokenizer.decode(ids[:place], skip_special_tokens=False), "stop")
+    assert answer["usage"]["completion_tokens"] == place + 1
 
 
 def test_requests_at_once_are_as_alone_and_a_seed_repeats_its_text(client):
