@@ -345,7 +345,7 @@ def test_a_client_that_leaves_frees_its_row(run, gate, stream):
 def test_slow_clients_are_dropped_and_hold_up_nobody(run, gate):
     gate.pause = 0.01  # else tokens are sent together, in few pieces
     name = "m" * 40_000  # each piece of a stream has it, so an unread answer fills all buffers
-    with serving(run, gate, name=name, timeout=3.0) as server:
+    with serving(run, gate, name=name, timeout=5.0) as server:
         address = server.url.removeprefix("http://").split(":")
         body = json.dumps({"model": name, "prompt": PROMPT, "max_tokens": 55, "temperature": 0, "stream": True}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
