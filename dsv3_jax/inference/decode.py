@@ -57,7 +57,8 @@ def forward_stored(
 
     None: the tokens are the first of each sequence, in order, and see one another.
     """
-    return forward_together(params, bias, (MicroBatch(tokens, positions, cache, mask),), store, config, execution)[0]
+    (out,) = forward_together(params, bias, (MicroBatch(tokens, positions, cache, mask),), store, config, execution)
+    return out.hidden, out.cache
 
 
 class MicroBatch(NamedTuple):
@@ -69,34 +70,48 @@ class MicroBatch(NamedTuple):
     mask: Bool[Array, "b t s"] | None
 
 
+class Forwarded(NamedTuple):
+    """A micro-batch after the final norm, its cache with the new tokens in it, and the fullness of the fullest dispatch buffer."""
+
+    hidden: Float[Array, "here_b here_t d"]
+    cache: Cache
+    fullness: Float[Array, ""]  # above 1: hidden and cache are wrong, see parallel.expert
+
+
 def forward_together(
     params: Params, bias: RouterBias, batches: Sequence[MicroBatch], store: Store, config: ModelConfig, execution: Execution
-) -> list[tuple[Float[Array, "here_b here_t d"], Cache]]:
+) -> list[Forwarded]:
     """`forward_stored` of several micro-batches, layer by layer: none waits for what another exchanges (V3 sec. 3.4)."""
     layer_bias = {"dense": jnp.zeros((config.num_dense_layers, config.n_routed_experts)), "moe": bias.moe}
-    xs, caches = [embed(params, batch.tokens, execution.dtype) for batch in batches], [batch.cache for batch in batches]
+    outs = [Forwarded(embed(params, batch.tokens, execution.dtype), batch.cache, jnp.zeros(())) for batch in batches]
     for kind in (kind for kind in Cache._fields if kind in params):
-        block, carry = Block(config, execution, kind == "moe"), [(x, getattr(cache, kind)) for x, cache in zip(xs, caches, strict=True)]
+        block, carry = Block(config, execution, kind == "moe"), [(x, getattr(cache, kind), full) for x, cache, full in outs]
         carry = _through_stack(block, params[kind], layer_bias[kind], batches, carry, store)
-        xs, caches = [x for x, _ in carry], [cache._replace(**{kind: stack}) for cache, (_, stack) in zip(caches, carry, strict=True)]
-    return [(rms_norm(x, params["norm"], config.rms_norm_eps), cache) for x, cache in zip(xs, caches, strict=True)]
+        outs = [Forwarded(x, out.cache._replace(**{kind: stack}), full) for out, (x, stack, full) in zip(outs, carry, strict=True)]
+    return [out._replace(hidden=rms_norm(out.hidden, params["norm"], config.rms_norm_eps)) for out in outs]
+
+
+_Carry = list[tuple[Array, Any, Array]]
 
 
 def _through_stack(
-    block: Block, stack: Params, bias: Float[Array, "layers e"], batches: Sequence[MicroBatch], carry: list[tuple[Array, Any]], store: Store
-) -> list[tuple[Array, Any]]:
-    """Hidden states of the micro-batches and the caches of a stack of layers, after it.
+    block: Block, stack: Params, bias: Float[Array, "layers e"], batches: Sequence[MicroBatch], carry: _Carry, store: Store
+) -> _Carry:
+    """Hidden states of the micro-batches, the caches of a stack of layers and the largest fullness, after it.
 
     The caches of all layers go through the loop as one value, so that a token is written where it stays.
     """
 
-    def layer(carry: list[tuple[Array, Any]], inputs: tuple) -> tuple[list[tuple[Array, Any]], None]:
+    def layer(carry: _Carry, inputs: tuple) -> tuple[_Carry, None]:
         number, layer_params, layer_bias = inputs
-        run = functools.partial(block.apply, {"params": layer_params}, method=Block.decode)
         of_layer = functools.partial(store, number)
-        return [
-            run(x, layer_bias, batch.positions, pools, batch.mask, of_layer) for batch, (x, pools) in zip(batches, carry, strict=True)
-        ], None
+
+        def one(batch: MicroBatch, x: Array, pools: Any, fullest: Array) -> tuple[Array, Any, Array]:
+            arguments = (x, layer_bias, batch.positions, pools, batch.mask, of_layer)
+            x, pools, fullness = block.apply({"params": layer_params}, *arguments, method=Block.decode)
+            return x, pools, jnp.maximum(fullest, fullness)
+
+        return [one(batch, *state) for batch, state in zip(batches, carry, strict=True)], None
 
     layers = bias.shape[0]
     return jax.lax.scan(layer, carry, (jnp.arange(layers), stack, bias), unroll=unrolled(layers))[0]

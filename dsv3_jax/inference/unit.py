@@ -11,7 +11,7 @@ and combine of one can run beside attention and experts of the other.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dsv3_jax.config import ConfigError, MeshConfig, ModelConfig
 from dsv3_jax.inference.cache import Cache, init_cache
-from dsv3_jax.inference.decode import MicroBatch, forward_together
+from dsv3_jax.inference.decode import Forwarded, MicroBatch, forward_together
 from dsv3_jax.model.mla import contiguous
 from dsv3_jax.model.moe import REPLICA_SLOTS
 from dsv3_jax.model.transformer import Execution, Params, RouterBias, logits
@@ -62,11 +62,13 @@ class Unit:
         gpu: int = 1,
         tensor: int = 1,
         dispatch: str = "two_hop",
+        dispatch_bound: float | None = None,
         devices: Sequence[jax.Device] | None = None,
     ) -> "Unit":
         """A unit of node x gpu groups of `tensor` devices each, which must be on one node; `devices`: others than those that are here.
 
-        Raises ConfigError where there are too few, or where they do not divide the heads.
+        `dispatch` and `dispatch_bound` mean what they do in `parallel` of a training run. Raises ConfigError where there are too few
+        devices, or where `tensor` does not divide the heads.
         """
         wanted, there = node * gpu * tensor, devices or jax.devices()
         if wanted > len(there):
@@ -75,7 +77,7 @@ class Unit:
             raise ConfigError("tensor", tensor, f"must divide the {config.num_attention_heads} attention heads")
         mesh = Mesh(np.array(there[:wanted]).reshape(node, gpu, tensor), ALL, axis_types=(AxisType.Auto,) * len(ALL))
         hops = tuple(_on_unit(hop) for hop in make_hops(dispatch, MeshConfig(node=node, gpu=gpu * tensor), config))
-        return cls(mesh, config, dataclasses.replace(execution, placement=Placement(hops=hops)))
+        return cls(mesh, config, dataclasses.replace(execution, placement=Placement(hops=hops, bound=dispatch_bound)))
 
     @property
     def groups(self) -> int:
@@ -115,10 +117,21 @@ CACHE = P(None, GROUPS)
 Caches = tuple[Cache, ...]
 
 
+class Scored(NamedTuple):
+    """What a call returns. Where `fullness` is above 1 the bound was too small on some device: scores and new entries are wrong.
+
+    The same call on these caches, with a unit of a larger bound, then gives the right ones: it writes the same places again.
+    """
+
+    scores: Float[Array, "m b v"]
+    caches: Caches
+    fullness: Float[Array, ""]
+
+
 @functools.partial(jax.jit, static_argnames="unit", donate_argnames="caches")
 def prefill(
     params: Params, bias: RouterBias, tokens: Int[Array, "m b t"], lengths: Int[Array, "m b"], caches: Caches, unit: Unit
-) -> tuple[Float[Array, "m b v"], Caches]:
+) -> Scored:
     """Scores of the token after each prompt of m micro-batches, and the caches with the prompts in them.
 
     Prompts are padded on the right to t tokens, `lengths` are their own. The groups divide b, the devices of a group t.
@@ -126,31 +139,28 @@ def prefill(
     _check("prompts", tokens.shape[1], unit.groups)
     _check("tokens of a prompt", tokens.shape[2], unit.mesh.shape[TENSOR])
 
-    def here(params: Params, bias: RouterBias, tokens: Array, lengths: Array, caches: Caches) -> tuple[Array, Caches]:
+    def here(params: Params, bias: RouterBias, tokens: Array, lengths: Array, caches: Caches) -> Scored:
         shape = (tokens.shape[1], tokens.shape[2] * unit.mesh.shape[TENSOR])
         positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
         batches = [MicroBatch(tokens[i], positions, cache, None) for i, cache in enumerate(caches)]
         outputs = forward_together(params, bias, batches, contiguous, unit.config, unit.along(PREFILL_DIM))
-        last = jnp.stack([_at(hidden, ends) for (hidden, _), ends in zip(outputs, lengths - 1, strict=True)])
-        return logits(params, last), tuple(cache for _, cache in outputs)
+        return _scored(params, [_at(out.hidden, ends) for out, ends in zip(outputs, lengths - 1, strict=True)], outputs)
 
     return _on_devices(here, unit, P(None, GROUPS, TENSOR), P(None, GROUPS))(params, bias, tokens, lengths, caches)
 
 
 @functools.partial(jax.jit, static_argnames="unit", donate_argnames="caches")
-def decode(
-    params: Params, bias: RouterBias, tokens: Int[Array, "m b"], positions: Int[Array, "m b"], caches: Caches, unit: Unit
-) -> tuple[Float[Array, "m b v"], Caches]:
+def decode(params: Params, bias: RouterBias, tokens: Int[Array, "m b"], positions: Int[Array, "m b"], caches: Caches, unit: Unit) -> Scored:
     """Scores of the token after `tokens`, which sit at `positions`, of m micro-batches, and their caches. The devices divide b."""
     _check("sequences", tokens.shape[1], unit.mesh.devices.size)
 
-    def here(params: Params, bias: RouterBias, tokens: Array, positions: Array, caches: Caches) -> tuple[Array, Caches]:
+    def here(params: Params, bias: RouterBias, tokens: Array, positions: Array, caches: Caches) -> Scored:
         batches = []
         for i, cache in enumerate(caches):
             at = positions[i, :, None]
             batches.append(MicroBatch(tokens[i, :, None], at, cache, jnp.arange(cache.moe.c_kv.shape[2]) <= at[:, :, None]))
         outputs = forward_together(params, bias, batches, contiguous, unit.config, unit.along(DECODE_DIM))
-        return logits(params, jnp.stack([hidden[:, 0] for hidden, _ in outputs])), tuple(cache for _, cache in outputs)
+        return _scored(params, [out.hidden[:, 0] for out in outputs], outputs)
 
     return _on_devices(here, unit, P(None, ALL), P(None, ALL))(params, bias, tokens, positions, caches)
 
@@ -160,9 +170,15 @@ def _on_devices(here: Callable[..., Any], unit: Unit, tokens: P, scores: P) -> C
 
     def whole(params: Params, *rest: Any) -> Any:
         specs = (unit.places(params), P(), tokens, P(None, GROUPS), CACHE)
-        return jax.shard_map(here, mesh=unit.mesh, in_specs=specs, out_specs=(scores, CACHE), check_vma=False)(params, *rest)
+        out: Any = (scores, CACHE, P())
+        return jax.shard_map(here, mesh=unit.mesh, in_specs=specs, out_specs=Scored(*out), check_vma=False)(params, *rest)
 
     return whole
+
+
+def _scored(params: Params, last: list[Array], outputs: list[Forwarded]) -> Scored:
+    fullness = jax.lax.pmax(jnp.stack([out.fullness for out in outputs]).max(), ALL)
+    return Scored(logits(params, jnp.stack(last)), tuple(out.cache for out in outputs), fullness)
 
 
 def _at(hidden: Float[Array, "b here_t d"], ends: Int[Array, " b"]) -> Float[Array, "b d"]:

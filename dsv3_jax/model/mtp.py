@@ -75,7 +75,7 @@ class MTPModule(nn.Module):
         store: LayerStore,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"], Any]:
         """The same over the module's own latent cache: the block's output, its normalised copy, the cache; see `MLA.decode`."""
-        x, cache = self.block.decode(self._join(hidden, embedding), bias, positions, cache, mask, store)
+        x, cache, _ = self.block.decode(self._join(hidden, embedding), bias, positions, cache, mask, store)
         return x, self.norm(x), cache
 
     def _join(self, hidden: Array, embedding: Array) -> Array:

@@ -126,10 +126,11 @@ class Block(nn.Module):
         cache: Any,
         mask: Bool[Array, "b t s"] | None,
         store: LayerStore,
-    ) -> tuple[Float[Array, "here_b here_t d"], Any]:
-        """The layer over a latent cache; see `MLA.decode`."""
+    ) -> tuple[Float[Array, "here_b here_t d"], Any, Float[Array, ""]]:
+        """The layer over a latent cache, see `MLA.decode`: output, cache, and the fullness of the dispatch buffers."""
         attended, cache = self.self_attn.decode(self.input_layernorm(x), positions, cache, mask, store)
-        return self._feed_forward(x + attended, bias, jnp.ones(x.shape[:2])).x, cache
+        out = self._feed_forward(x + attended, bias, jnp.ones(x.shape[:2]))
+        return out.x, cache, out.fullness
 
     def _attend(self, x: Array, context: TokenContext) -> Array:
         return x + self.self_attn(self.input_layernorm(x), context.positions, context.segment_ids)

@@ -30,6 +30,7 @@ NODE = flags.DEFINE_integer("node", 1, "Nodes of the unit.", lower_bound=1)
 GPU = flags.DEFINE_integer("gpu", 1, "Groups of a node, each with sequences of its own.", lower_bound=1)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices of a group, which share the attention heads.", lower_bound=1)
 DISPATCH = flags.DEFINE_enum("dispatch", "two_hop", ["direct", "two_hop"], "Way of a token to its experts.")
+BOUND = flags.DEFINE_float("dispatch_bound", None, "Rows of a dispatch buffer in multiples of a balanced load; without it: the worst case.")
 CONTEXT = flags.DEFINE_integer("context", 128, "Tokens of a prompt, and slots of the cache.", lower_bound=1)
 MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 2, "Micro-batches side by side.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 1, "Sequences of a micro-batch, for a device in decoding, for a group in prefill.", lower_bound=1)
@@ -53,7 +54,9 @@ def main() -> int:
 
     logging.getLogger("dsv3_jax").setLevel(logging.WARNING)  # layers log what they pick, and here nothing runs
     described = gpu_devices(target, devices, GPU.value * TENSOR.value) if target else None
-    sizes: dict[str, Any] = dict(node=NODE.value, gpu=GPU.value, tensor=TENSOR.value, dispatch=DISPATCH.value, devices=described)
+    sizes: dict[str, Any] = dict(
+        node=NODE.value, gpu=GPU.value, tensor=TENSOR.value, dispatch=DISPATCH.value, dispatch_bound=BOUND.value, devices=described
+    )
     report = measure(Unit.of(config.model, Execution.of(config, 0), **sizes), config)
     if JSON.value:
         write_json(Path(JSON.value), report)

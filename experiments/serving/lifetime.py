@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.decode import at_rest
 from dsv3_jax.inference.engine import Engine, EngineSettings
 from dsv3_jax.training.run import Run
 from dsv3_jax.training.stopping import StopSignal
@@ -89,7 +90,7 @@ def _prepare(run: Run, settings: Settings) -> tuple[Engine, Served]:
         raise ConfigError("--context", context, f"the model takes {longest} tokens; give at most so many")
     sizes = EngineSettings(settings.rows, settings.rows * -(-context // _PAGE_SIZE) + 1, _PAGE_SIZE, _CHUNK, settings.fp8_cache)
     model = dataclasses.replace(run.config.model, max_position_embeddings=context)  # a step reads as much cache as this allows
-    engine = Engine(run.params, run.router_bias, model, run.execution, sizes)
+    engine = Engine(at_rest(run.params, run.execution), run.router_bias, model, run.execution, sizes)
     name = settings.name or run.folder.resolve().name
     return engine, Served(name, run.folder, run.tokenizer, model.vocab_size, context)
 

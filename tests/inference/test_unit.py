@@ -29,12 +29,13 @@ def scores_of_unit(unit, params, tokens, lengths, batches):
     bias = parameters(CONFIG)[1]
     params, cut = unit.put(params), lambda x: x.reshape(batches, -1, *x.shape[1:])
     caches = tuple(unit.empty_cache(len(tokens) // batches, LENGTH + NEW) for _ in range(batches))
-    scores, caches = prefill(params, bias, cut(tokens[:, :LENGTH]), cut(lengths), caches, unit)
+    scores, caches, fullness = prefill(params, bias, cut(tokens[:, :LENGTH]), cut(lengths), caches, unit)
     found = [scores]
     for i in range(NEW):
         following = jnp.take_along_axis(tokens, (lengths + i)[:, None], axis=1)[:, 0]
-        scores, caches = decode(params, bias, cut(following), cut(lengths + i), caches, unit)
+        scores, caches, fullness = decode(params, bias, cut(following), cut(lengths + i), caches, unit)
         found.append(scores)
+        assert fullness <= 1
     return [np.asarray(scores).reshape(len(tokens), -1) for scores in found]
 
 
@@ -56,6 +57,20 @@ def test_equals_one_device(sizes, batches, replicas):
     expected = scores_of_one_device(tokens)
     for i, scores in enumerate(scores_of_unit(Unit.of(CONFIG, Execution(), **sizes), params, tokens, lengths, batches)):
         np.testing.assert_allclose(scores, expected[jnp.arange(16), lengths + i - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bound_that_is_too_small_is_seen_and_the_call_can_be_made_again():
+    params, bias = parameters(CONFIG)
+    whole, bounded = (Unit.of(CONFIG, Execution(), node=2, gpu=2, tensor=2, dispatch_bound=bound) for bound in (None, 0.5))
+    tokens, lengths = rows(CONFIG, 16, LENGTH - 1)[None], jnp.full((1, 16), LENGTH)
+    params = whole.put(params)
+    right = prefill(params, bias, tokens, lengths, (whole.empty_cache(16, LENGTH + NEW),), whole)
+    wrong = prefill(params, bias, tokens, lengths, (whole.empty_cache(16, LENGTH + NEW),), bounded)
+    assert wrong.fullness > 1 >= right.fullness and np.abs(wrong.scores - right.scores).max() > 1e-3
+    again = prefill(params, bias, tokens, lengths, wrong.caches, whole)
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
