@@ -5,8 +5,7 @@ import pytest
 
 from dsv3_jax.config import ConfigError
 from experiments.ablations.domains import PIECE, domain_of, write_domains
-from experiments.ablations.routing import loads_of
-from experiments.ablations.specialization import mutual_information
+from experiments.ablations.routing import loads_of, mutual_information
 
 
 def test_loads_count_the_picks_of_each_row_and_layer():

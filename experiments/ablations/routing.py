@@ -34,3 +34,9 @@ def loads_of(picks: Int[np.ndarray, "layers n t k"], n_experts: int) -> Float[np
     layers, n = picks.shape[:2]
     row = np.arange(layers * n).reshape(layers, n, 1, 1)
     return np.bincount((row * n_experts + picks).ravel(), minlength=layers * n * n_experts).reshape(layers, n, n_experts).astype(np.float64)
+
+
+def mutual_information(load: Float[np.ndarray, "domains layers e"]) -> Float[np.ndarray, " layers"]:
+    """Of domain and expert, in bits, in each layer; `load` sums to 1 over experts, domains weigh alike."""
+    ratio = load / np.where(load.mean(0) > 0, load.mean(0), 1)
+    return (load * np.log2(np.where(ratio > 0, ratio, 1))).sum(-1).mean(0)

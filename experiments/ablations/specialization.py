@@ -26,7 +26,7 @@ from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.domains import ENDINGS, python_folders, write_domains
-from experiments.ablations.routing import loads_of, picks_of
+from experiments.ablations.routing import loads_of, mutual_information, picks_of
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
@@ -71,12 +71,6 @@ def _load(config: Config, state: TrainState, text: study.Text, domain: str) -> F
     picks = picks_of(state, config.model, Execution.of(config, text.vocabulary.eos_id), rows, train.micro_batch_size)
     counts = loads_of(picks, config.model.n_routed_experts).sum(1)
     return counts / counts.sum(-1, keepdims=True)
-
-
-def mutual_information(load: Float[np.ndarray, "domains layers e"]) -> Float[np.ndarray, " layers"]:
-    """Of domain and expert, in bits, in each layer; `load` sums to 1 over experts, domains weigh alike."""
-    ratio = load / np.where(load.mean(0) > 0, load.mean(0), 1)
-    return (load * np.log2(np.where(ratio > 0, ratio, 1))).sum(-1).mean(0)
 
 
 _Values = Mapping[str, np.ndarray]  # by strategy, seeds first
