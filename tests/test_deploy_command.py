@@ -25,3 +25,4 @@ def test_both_programs_are_compiled_and_send_what_the_mesh_makes_them(tmp_path: 
 def test_units_that_cannot_be_are_refused():
     assert_refused(run(*MICRO, "--tensor=4"), "tensor", "2 attention heads")
     assert_refused(run(*MICRO, "--target=missing.txt"), "--target", "missing.txt")
+    assert_refused(run(*MICRO, "--config.train.compute_dtype=bfloat16"), "compute_dtype", "--target")

@@ -94,7 +94,8 @@ class Unit:
         return jax.tree_util.tree_map_with_path(lambda path, p: compute_place(parameter_name(path), p.shape, self.mesh, TABLE), params)
 
     def put(self, params: Params) -> Params:
-        """The parameters on the devices of the unit."""
+        """The parameters of the main model on the devices of the unit."""
+        params = main_model(params)
         return jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.places(params)))
 
     def abstract(self, tree: PyTree, where: PyTree[P] | P) -> PyTree:
@@ -106,6 +107,11 @@ class Unit:
         """A cache of `length` slots for each of `batch` sequences, which the groups divide."""
         make = functools.partial(init_cache, self.config, batch, length, self.execution.dtype)
         return jax.jit(make, out_shardings=NamedSharding(self.mesh, CACHE))()
+
+
+def main_model(params: Params) -> Params:
+    """Parameters without those of MTP modules, which a unit does not run and whose experts are in no placement of redundant ones."""
+    return {name: part for name, part in params.items() if name != "mtp"}
 
 
 def _on_unit(hop: Hop) -> Hop:

@@ -1,12 +1,12 @@
 """Compiles prefill and decoding of a deployment unit for its whole mesh, without weights and without its devices.
 
     uv run -m experiments.bench.deploy --config=configs/tiny.py --node=2 --tensor=4
-    uv run -m experiments.bench.deploy --config=configs/v3_671b.py --node=4 --gpu=2 --tensor=4 --context=2048
+    uv run -m experiments.bench.deploy --config=configs/v3_671b.py --node=4 --gpu=2 --tensor=4 --context=2048 --target=FILE
 
 Prints for both programs the memory of a device, the bytes that it sends in a step by mesh axis, and how many all-to-alls have matrix
 products beside them in the schedule. Two micro-batches by default, each of one sequence a device in decoding and one a group in
-prefill. A CPU is compiled for as if it were so many devices. With --target, the description of a GPU (GpuTargetConfigProto as text), it
-is compiled for GPUs, which needs the `gpu` extra and no GPU; only there exchanges are asynchronous.
+prefill. A CPU is compiled for as if it were so many devices, in float32. With --target, the description of a GPU
+(GpuTargetConfigProto as text), it is compiled for GPUs, which needs the `gpu` extra and no GPU; only there exchanges are asynchronous.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, ConfigError
 from experiments import cli
 from experiments.bench.targets import gpu_devices, read_target
 from experiments.output import check_output, gib, table
@@ -30,6 +30,9 @@ NODE = flags.DEFINE_integer("node", 1, "Nodes of the unit.", lower_bound=1)
 GPU = flags.DEFINE_integer("gpu", 1, "Groups of a node, each with sequences of its own.", lower_bound=1)
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices of a group, which share the attention heads.", lower_bound=1)
 DISPATCH = flags.DEFINE_enum("dispatch", "two_hop", ["direct", "two_hop"], "Way of a token to its experts.")
+REPLICAS = flags.DEFINE_integer(
+    "replicas", None, "Slots of experts in a layer, redundant ones with them; without it: the experts.", lower_bound=1
+)
 BOUND = flags.DEFINE_float("dispatch_bound", None, "Rows of a dispatch buffer in multiples of a balanced load; without it: the worst case.")
 CONTEXT = flags.DEFINE_integer("context", 128, "Tokens of a prompt, and slots of the cache.", lower_bound=1)
 MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 2, "Micro-batches side by side.", lower_bound=1)
@@ -43,6 +46,10 @@ def main() -> int:
     devices = NODE.value * GPU.value * TENSOR.value
     if JSON.value:
         check_output("--json", JSON.value)
+    if not TARGET.value and config.train.compute_dtype != "float32":  # XLA has no code for some products of bf16 on a CPU
+        raise ConfigError(
+            "config.train.compute_dtype", config.train.compute_dtype, "a CPU is compiled for in float32; set that, or --target"
+        )
     target = read_target(TARGET.value) if TARGET.value else None
     if target:
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -96,14 +103,21 @@ def _arguments(unit: "Unit", config: Config, tokens: tuple[int, ...], rows: int)
 
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from jax.sharding import PartitionSpec as P
 
     from dsv3_jax.inference.cache import init_cache
-    from dsv3_jax.inference.unit import CACHE
+    from dsv3_jax.inference.placement import place_experts
+    from dsv3_jax.inference.replicas import with_replicas
+    from dsv3_jax.inference.unit import CACHE, main_model
     from dsv3_jax.model.init import init_router_bias, parameter_shapes
 
     dtype = config.train.compute_dtype
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), parameter_shapes(config.model))
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype), main_model(parameter_shapes(config.model)))
+    if REPLICAS.value:
+        load = np.ones((config.model.num_moe_layers, config.model.n_routed_experts))
+        placed = place_experts(load, REPLICAS.value, config.model.n_group, unit.mesh.shape["node"], unit.mesh.devices.size)
+        params = jax.eval_shape(functools.partial(with_replicas, replicas=placed), params)
     bias = jax.eval_shape(functools.partial(init_router_bias, config.model))
     cache = jax.eval_shape(functools.partial(init_cache, config.model, rows, CONTEXT.value, dtype))
     numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in (tokens, (tokens[0], rows))]
