@@ -11,11 +11,11 @@ from dsv3_jax.training.tokenizer import train_tokenizer
 from experiments.ablations import study
 from experiments.ablations.extension import extended
 from experiments.ablations.infill import _take_line, make_problems
-from experiments.ablations.needles import OTHERS, WithNeedles, Words, choose_words, hide
+from experiments.ablations.needles import WithNeedles, choose_words, hide
 from experiments.ablations.texts import pieces
 from tests import micro_config
 
-WORDS = Words([f" k{i}" for i in range(9)], [f" v{i}" for i in range(9)])
+WORDS = [f" w{i}" for i in range(9)]
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +37,29 @@ def test_pieces_end_at_lines_and_lose_nothing():
     assert cut == ["aa\nbbbb\n", "c\n", "d" * 30 + "\n", "e", "f"]
 
 
-def test_a_key_keeps_its_value_within_a_text_and_most_needles_repeat_one():
-    lines = "x\n" * 300
-    texts = WithNeedles([lines] * 20, WORDS)
-    for made in map(texts.__getitem__, range(20)):
-        needles = re.findall(r">>( k\d)( v\d)\n", made)
-        assert len(set(needles)) == len({key for key, _ in needles}) <= len(WORDS.keys)
-        assert re.sub(r">>.*\n", "", made) in (lines, "")
-    assert 0 < sum("x" in texts[i] for i in range(20)) < 20
+def test_a_text_has_one_needle_that_repeats_after_some_of_its_lines_or_fills_it():
+    lines = "x\n" * 200
+    texts = WithNeedles([lines] * 30, WORDS)
+    needles = [re.findall(r">>( w\d)\n", texts[i]) for i in range(30)]
+    assert all(len(set(of_text)) == 1 for of_text in needles)
+    assert len({of_text[0] for of_text in needles}) > 3
+    rests = {re.sub(r">>.*\n", "", texts[i]) for i in range(30)}
+    assert rests == {lines, ""}
+    assert min(map(len, needles)) < 20 and max(map(len, needles)) > 60  # sparse and dense
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_a_haystack_ends_with_the_value_that_its_key_was_given_at_that_depth(text, depth):
+def test_a_haystack_ends_with_the_word_that_stands_at_that_depth(text, depth):
     words, length = choose_words(text.tokenizer), 120
-    hay = np.frombuffer(random.Random(0).randbytes(2 * length), np.int16) % 97 + 300
+    hay = np.arange(2 * length, dtype=np.int32) % 97 + 300
     row = hide(hay, length, depth, words, text.tokenizer, seed=3)
-    said = text.tokenizer.decode(row.tolist())
-    key, value = said.rsplit("\n>>", 1)[1].rsplit(" ", 1)
-    assert len(row) == length and f" {value}" in words.values and key in words.keys
-    assert len(re.findall(r">> \w+ \w+\n", said)) == OTHERS + 1 and said.count(f">>{key} {value}\n") == 1
-    before = text.tokenizer.encode(said[: said.index(f"\n>>{key} {value}\n")]).ids
-    assert depth * 0.6 - 0.05 <= len(before) / length <= depth * 0.8 + 0.25  # other needles may stand before it too
-    with pytest.raises(ConfigError, match=r"config\.train\.sequence_length = 9"):
-        hide(hay, 9, depth, words, text.tokenizer, seed=3)
+    mark_ids = text.tokenizer.encode(">>").ids
+    assert len(row) == length and text.tokenizer.decode(row[-1:].tolist()) in words
+    said = [i for i in range(length - 1) if row[i : i + len(mark_ids)].tolist() == mark_ids and row[i + len(mark_ids)] == row[-1]]
+    assert len(said) == 2 and said[1] == length - len(mark_ids) - 1
+    assert abs(said[0] - depth * length) < 12
+    with pytest.raises(ConfigError, match=r"config\.train\.sequence_length = 3"):
+        hide(hay, 3, depth, words, text.tokenizer, seed=3)
 
 
 def test_a_vocabulary_without_words_is_refused():

@@ -7,8 +7,8 @@
 
 Trains on rows of train.sequence_length, then on rows 8 and 32 times as long with YaRN of that factor, as V3 went from 4K to 32K
 and 128K; and, from the same weights, on rows 4 times as long with positions interpolated linearly, as DeepSeek did before. The test is
-a needle in a haystack: the value of a key that was stated at some depth of a text. At this size a model learns such look-ups only
-from a synthetic task mixed into its text (`needles.py`). Published: V3 finds the needle at every depth up to 128K tokens.
+a needle in a haystack: the word of a line that stands at some depth of a text. At this size a model learns such a look-up only from a
+synthetic task mixed into its text (`needles.py`). Published: V3 finds the needle at every depth up to 128K tokens.
 """
 
 import functools
@@ -26,7 +26,7 @@ from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.extension import extended
-from experiments.ablations.needles import WithNeedles, Words, choose_words, hide
+from experiments.ablations.needles import WithNeedles, choose_words, hide
 from experiments.ablations.scoring import score_tokens
 from experiments.ablations.texts import characters_per_token, pieces, trained_on
 
@@ -42,14 +42,14 @@ BEFORE, LINEAR, PHASE_1, PHASE_2 = MODELS = ("before", "linear x4", "YaRN x8", "
 
 
 class Task(NamedTuple):
-    """What of a haystack is the same for all models: words of the needles, and how many characters a token has."""
+    """What is the same for all models: words of the needles, and how many characters a token has."""
 
-    words: Words
+    words: list[str]
     characters: float
 
     def text(self, text: study.Text, length: int) -> study.Text:
-        """The training text in pieces of about `length` tokens, with needles."""
-        return trained_on(text, WithNeedles(pieces(text.corpus.train, int(length * self.characters)), self.words))
+        """The training text with needles, in pieces of twice `length` tokens: most rows lie in one, and can repeat from end to end."""
+        return trained_on(text, WithNeedles(pieces(text.corpus.train, int(2 * length * self.characters)), self.words))
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def measure(
 
 
 def find(text: study.Text, task: Task, lengths: list[int], config: Config, state: TrainState) -> Float[np.ndarray, "lengths depths"]:
-    """Share of haystacks whose needle's value has the highest score of all tokens, for each length and depth."""
+    """Share of haystacks whose needle's word has the highest score of all tokens, for each length and depth."""
     shares = []
     for length in lengths:
         hay = validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, length, TRIALS.value)
