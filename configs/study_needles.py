@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     )
     config.data.fim_rate = 0.0  # a middle at the end would put repeats before what they repeat
     config.train.update(
-        steps=2000, sequence_length=64, micro_batch_size=32, batch_size=32, batch_size_start=32, ema_decay=0.0, eval_sequences=128
+        steps=1500, sequence_length=64, micro_batch_size=32, batch_size=32, batch_size_start=32, ema_decay=0.0, eval_sequences=128
     )
     return config

@@ -50,6 +50,8 @@ def test_seeds_differ_in_weights_and_text_and_share_one_program(config, tmp_path
     assert np.array_equal(again[1].loss, curves[1].loss) and np.array_equal(again[1].measured["step"], [1, 2])
     with pytest.raises(ConfigError, match=r"one-seed0\.json is of another configuration"):
         study.train_seeds({"one": study.changed(config, optimizer={"peak_lr": 1.0})}, 1, tmp_path)
+    with pytest.raises(ConfigError, match=r"one-seed0\.json was measured with {'times': 2}, not {'times': 2, 'n': 1}"):
+        study.train_seeds(variants, 1, tmp_path, WATCH._replace(settings={"n": 1}))
 
 
 def test_a_seed_changes_the_order_of_the_text_and_the_weights(config):

@@ -43,7 +43,7 @@ def main() -> int:
     size = int(base.train.sequence_length * characters_per_token(text))
     cut = trained_on(text, pieces(text.corpus.train, size))
     problems = make_problems(text, pieces(text.corpus.valid, size), base.train.sequence_length, LINES.value)
-    watch = study.Watch(functools.partial(measure, problems))
+    watch = study.Watch(functools.partial(measure, problems), settings={"lines": LINES.value})
     curves = study.train_seeds(variants, SEEDS.value, workdir, watch, cut)
     losses = {name: np.array([curve.val_loss for curve in of_seeds]) for name, of_seeds in curves.items()}
     figures = {name: {key: np.array([c.measured[key][-1] for c in of_seeds]) for key in FIGURES} for name, of_seeds in curves.items()}

@@ -31,7 +31,7 @@ from experiments.ablations.scoring import score_tokens
 from experiments.ablations.texts import characters_per_token, pieces, trained_on
 
 CONFIG = cli.define_config()
-STEPS, WORKDIR = study.define_flags(steps=2000)
+STEPS, WORKDIR = study.define_flags(steps=1500)
 SEEDS = study.define_seeds()
 EXTENSION = flags.DEFINE_integer("extension_steps", 60, "Training steps of each phase of an extension.", lower_bound=1)
 LENGTHS = flags.DEFINE_list("lengths", ["1", "2", "4", "8", "16", "32"], "Lengths of haystacks, in multiples of train.sequence_length.")
@@ -57,7 +57,8 @@ def main() -> int:
     lengths = [multiple * config.train.sequence_length for multiple in _multiples()]
     text = study.open_text(config, workdir)
     task = Task(choose_words(text.tokenizer), characters_per_token(text))
-    watch = study.Watch(functools.partial(measure, text, task, lengths))
+    settings = {"lengths": lengths, "trials": TRIALS.value, "extension_steps": EXTENSION.value}
+    watch = study.Watch(functools.partial(measure, text, task, lengths), settings=settings)
     curves = study.train_seeds({"short": config}, SEEDS.value, workdir, watch, task.text(text, config.train.sequence_length))["short"]
     found = {name: np.stack([curve.measured[name][-1] for curve in curves]) for name in MODELS}
     header = ["model", *(f"{length} tokens" for length in lengths)]

@@ -43,7 +43,8 @@ def main() -> int:
         raise ConfigError("config.model.num_nextn_predict_layers", 0, "must be at least 1: the study compares with none")
     more = study.read_config(CONFIG, _equal_compute(config))
     none = {"num_nextn_predict_layers": 0}
-    decoded = study.train_seeds({WITH: config}, SEEDS.value, workdir, study.Watch(measure))
+    settings = {"drafts": DRAFTS.value, "prompts": PROMPTS.value}
+    decoded = study.train_seeds({WITH: config}, SEEDS.value, workdir, study.Watch(measure, settings=settings))
     plain = {WITHOUT: study.changed(config, model=none), COMPUTE: study.changed(more, model=none)}
     curves = decoded | study.train_seeds(plain, SEEDS.value, workdir)
     flops = {name: flops_of_run(run) for name, run in ({WITH: config} | plain).items()}

@@ -49,7 +49,8 @@ def main() -> int:
         "auxiliary": study.changed(config, train={"balance": "auxiliary"}, model={"aux_loss_alpha": ALPHA.value}),
         "loss_free": study.changed(config, train={"balance": "loss_free"}),
     }
-    curves = study.train_seeds(variants, SEEDS.value, workdir, study.Watch(measure))
+    settings = {"domain_kib": DOMAIN_KIB.value, "folders": FOLDERS.value}
+    curves = study.train_seeds(variants, SEEDS.value, workdir, study.Watch(measure, settings=settings))
     loads = {name: np.array([run.measured["load"][-1] for run in runs]) for name, runs in curves.items()}
     bits = {name: np.array([mutual_information(load) for load in values]) for name, values in loads.items()}
     losses = {name: np.array([run.val_loss for run in runs]) for name, runs in curves.items()}

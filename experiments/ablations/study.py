@@ -61,6 +61,7 @@ class Watch(NamedTuple):
 
     measure: Callable[[Config, TrainState, Text], Mapping[str, Any]]  # numbers and arrays, of one shape every time
     times: int = 1
+    settings: Mapping[str, Any] = {}  # flags that `measure` follows, for JSON: what was measured with others is refused
 
     def steps(self, total: int) -> list[int]:
         """The numbers of the steps, from 1, that are measured after; fewer than `times` in a short run."""
@@ -123,25 +124,32 @@ def train_variants(variants: Mapping[str, Config], workdir: Path, watch: Watch |
     """Trains each variant from its seed, on text in the order that its seed gives; returns the curves by name."""
     text = text or open_text(next(iter(variants.values())), workdir)
     return {
-        name: _done(config, workdir / f"{name}.json") or train_variant(name, config, text, workdir, watch)[0]
+        name: _done(config, workdir / f"{name}.json", watch) or train_variant(name, config, text, workdir, watch)[0]
         for name, config in variants.items()
     }
 
 
-def _done(config: Config, path: Path) -> Curve | None:
+def _done(config: Config, path: Path, watch: Watch | None) -> Curve | None:
     if not path.exists():
         return None
     kept = json.loads(path.read_text())
     if kept["config"] != to_dict(config):
         raise ConfigError("--workdir", str(path.parent), f"{path.name} is of another configuration; give a new --workdir")
+    if kept.get("watch") != _watched(watch):
+        remedy = f"{path.name} was measured with {kept.get('watch')}, not {_watched(watch)}; give a new --workdir"
+        raise ConfigError("--workdir", str(path.parent), remedy)
     return Curve(np.array(kept["loss"]), kept["val_loss"], {key: np.array(value, np.float64) for key, value in kept["measured"].items()})
+
+
+def _watched(watch: Watch | None) -> dict[str, Any] | None:
+    return watch and {"times": watch.times, **watch.settings}
 
 
 def train_variant(name: str, config: Config, text: Text, workdir: Path, watch: Watch | None = None) -> tuple[Curve, TrainState]:
     """Trains one variant, whether it is done or not, for a study that needs its weights too."""
     state, losses, measured = train(config, text, name, watch)
     curve = Curve(losses, evaluate_state(state, config, text), measured)
-    write_json(workdir / f"{name}.json", {"config": to_dict(config), **curve._asdict()})
+    write_json(workdir / f"{name}.json", {"config": to_dict(config), "watch": _watched(watch), **curve._asdict()})
     return curve, state
 
 
