@@ -20,6 +20,9 @@ import jax
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)  # of this process; a launched command has the devices of the machine
+# A device takes 32 computations at once. The GPU interpreter runs its own from inside a kernel, and would wait for ever for
+# a place among those that were sent after the kernel and wait for it.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook(["dsv3_jax", "pallas_kernels"], "beartype.beartype")
 
 LONGEST = ("training/test_resume.py", "test_notebooks.py", "test_ablations.py", "interop/test_commands.py", "training/test_step.py")
