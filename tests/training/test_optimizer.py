@@ -46,4 +46,4 @@ def test_gradients_are_clipped_to_the_global_norm_before_adam():
     grads = {"a": jnp.full(3, 30.0), "b": jnp.full(4, 20.0)}
     _, state = optimizer.update(grads, optimizer.init(grads), grads)
     clipped = jax.tree.map(lambda m: m / 0.1, state[1].mu)
-    assert float(optax.global_norm(clipped)) == pytest.approx(1.0, rel=1e-5)
+    assert float(optax.tree.norm(clipped)) == pytest.approx(1.0, rel=1e-5)
