@@ -17,9 +17,10 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
 from dsv3_jax.parallel.expert import ALONE, Placement, arriving_pairs, combine_tokens, dispatch_tokens
-from dsv3_jax.precision.linear import grouped_ffn
+from dsv3_jax.precision.linear import routed_ffn
 from dsv3_jax.precision.policy import BF16, Recipe
 from dsv3_jax.precision.quantize import BLOCK
+from dsv3_jax.precision.rows import Rows
 from pallas_kernels.backend import is_hopper
 
 
@@ -29,6 +30,11 @@ class BlockPlan(NamedTuple):
     slot: Int[Array, "n k"]  # row of the flat buffer that holds the pair
     pair: Int[Array, " rows"]  # pair (token * k + choice) of each row; n * k for padding
     block_expert: Int[Array, " blocks"]  # n_experts: nobody's, at the end
+
+    @property
+    def rows(self) -> Rows:
+        """The same for tokens: padding is a copy of token n."""
+        return Rows(self.pair // self.slot.shape[1], self.slot)
 
 
 class MoEOutput(NamedTuple):
@@ -80,24 +86,6 @@ def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int
     return BlockPlan(slot.reshape(experts.shape), pair, block_expert.astype(jnp.int32))
 
 
-@jax.custom_vjp
-def dispatch(x: Float[Array, "n d"], plan: BlockPlan) -> Float[Array, "rows d"]:
-    """Copies each token to the rows of its pairs; padding rows are zero. Its gradient is `combine`."""
-    with_zero_row = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-    return with_zero_row.at[plan.pair // plan.slot.shape[1]].get(mode="promise_in_bounds")  # padding: pair n * k, row n
-
-
-@jax.custom_vjp
-def combine(y: Float[Array, "rows d"], plan: BlockPlan) -> Float[Array, "n d"]:
-    """Sums the rows of each token's pairs, in float32. Its gradient is `dispatch`."""
-    rows = y.at[plan.slot].get(mode="promise_in_bounds")
-    return rows.astype(jnp.float32).sum(1).astype(y.dtype)
-
-
-dispatch.defvjp(lambda x, plan: (dispatch(x, plan), plan), lambda plan, dy: (combine(dy, plan), None))
-combine.defvjp(lambda y, plan: (combine(y, plan), plan), lambda plan, dy: (dispatch(dy, plan), None))
-
-
 def rows_of_gates(gates: Float[Array, "n k"], plan: BlockPlan) -> Float[Array, " rows"]:
     """The gate of each buffer row, 0 for padding."""
     return _rows_of_gates(gates, plan)
@@ -131,9 +119,8 @@ def expert_ffn(
     n, k = routing.experts.shape
     most = arriving_pairs(n, k, n_experts, placement)
     plan = plan_blocks(arrived.experts, e, rows, most if placement.hops else None)
-    blocks = dispatch(arrived.x, plan).reshape(-1, rows, d)
-    gates = rows_of_gates(arrived.gates, plan).reshape(-1, rows, 1)
-    y = combine(grouped_ffn(blocks, gate_up.reshape(e, d, -1), gates, down, plan.block_expert, recipe).reshape(-1, d), plan)
+    gates = rows_of_gates(arrived.gates, plan)
+    y = routed_ffn(arrived.x, plan.rows, gate_up.reshape(e, d, -1), gates, down, plan.block_expert, recipe)
     fullness = jnp.maximum(arrived.fullness, (arrived.experts < e).sum() / most) if placement.hops else jnp.zeros(())
     return combine_tokens(y, arrived.plans, placement, recipe.sends_gradients), fullness
 

@@ -8,12 +8,14 @@ kernel each. Weights are quantized again in the backward pass instead of being k
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.policy import Recipe, Role
 from dsv3_jax.precision.quantize import BLOCK, quantize
+from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.gemm import gemm, wgrad
 from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
 from pallas_kernels.quantize import quantize_blocks, quantize_both, quantize_rows, retile, swiglu_backward, swiglu_quantize
@@ -34,6 +36,9 @@ class Owners(NamedTuple):
     expert_of_tile: Int32[Array, " tiles"]
     first_tile: Int32[Array, " e_plus_1"]
     together: int
+
+
+Routed = tuple[Rows, Owners]
 
 
 def unsupported(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: int | None, rows: int | None) -> str | None:
@@ -71,13 +76,14 @@ def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, 
 
 
 def ffn(
-    x: Float[Array, "m d"], up: Array, gates: Float32[Array, " m"] | None, down: Array, owned: Owners | None, roles: tuple[Role, Role]
-) -> tuple[Float[Array, "m n"], Kept, Kept]:
-    """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU."""
-    inputs = Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL))
+    x: Float[Array, "n d"], up: Array, gates: Float32[Array, " m"] | None, down: Array, routed: Routed | None, roles: tuple[Role, Role]
+) -> tuple[Float[Array, "n n_out"], Kept, Kept]:
+    """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU. `routed`: of the rows of each token, summed."""
+    rows, owned = routed or (None, None)
+    inputs = _arranged(Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL)), rows)
     hidden = _times_kernel(inputs, up, owned)
     *activated, values, scales = swiglu_quantize(hidden, gates, roles[1].input_power_of_two, _IMPL)
-    return _times_kernel(Kept(*activated), down, owned), inputs, Kept(values, scales)
+    return _summed(_times_kernel(Kept(*activated), down, owned), rows), inputs, Kept(values, scales)
 
 
 def ffn_gradients(
@@ -85,17 +91,17 @@ def ffn_gradients(
     up: Array,
     gates: Float32[Array, " m"] | None,
     down: Array,
-    owned: Owners | None,
-    dy: Float[Array, "m n"],
+    routed: Routed | None,
+    dy: Float[Array, "n n_out"],
     roles: tuple[Role, Role],
 ) -> tuple[Array, Array, Array | None, Array]:
     """Gradients of x, up, gates and down."""
-    inputs, hidden = kept
-    values, scales, *columns = quantize_both(dy, roles[1].gradient_power_of_two, _IMPL)
-    d_activated = _times_kernel_transposed(Kept(values, scales), down, owned)
+    (inputs, hidden), (rows, owned) = kept, routed or (None, None)
+    gradient, columns = _gradient_of_rows(dy, rows, roles[1].gradient_power_of_two)
+    d_activated = _times_kernel_transposed(gradient, down, owned)
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two
     values, scales, *d_hidden, activated, of_activated, d_gates = swiglu_backward(*hidden, gates, d_activated, *powers, _IMPL)
-    dx = _times_kernel_transposed(Kept(values, scales), up, owned)
+    dx = _summed(_times_kernel_transposed(Kept(values, scales), up, owned), rows)
     d_up = _wgrad(retile(*inputs, roles[0].wgrad_power_of_two, _IMPL), d_hidden, owned)
     return dx, d_up, d_gates, _wgrad((activated, of_activated), columns, owned)
 
@@ -111,6 +117,29 @@ def grouped_gradients_bf16(
     """Dgrad and Wgrad of the BF16 policy."""
     dx = grouped_gemm_bf16(dy, kernel.astype(dy.dtype), owned.expert_of_tile, owned.together, _IMPL)
     return dx, grouped_wgrad_bf16(x, dy, owned.first_tile, _IMPL)
+
+
+def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple[Kept, Sequence[Array]]:
+    """Both orientations. That of tokens comes as dispatch sends it, on E4M3, so re-tiling its copies rounds nothing twice."""
+    if rows is None:
+        values, scales, *columns = quantize_both(dy, power_of_two, _IMPL)
+        return Kept(values, scales), columns
+    gradient = _arranged(Kept(*quantize_rows(dy, power_of_two, _IMPL)), rows)
+    return gradient, retile(*gradient, power_of_two, _IMPL)
+
+
+def _arranged(tokens: Kept, rows: Rows | None) -> Kept:
+    """Copies of quantized tokens in the rows of experts, moved as words of four numbers."""
+    if rows is None:
+        return tokens
+    words = jax.lax.bitcast_convert_type(tokens.values.reshape(tokens.values.shape[0], -1, 4), jnp.uint32)
+    values = jax.lax.bitcast_convert_type(dispatch(words, rows), tokens.values.dtype)
+    scales = tokens.scales.at[:, rows.source].get(mode="fill", fill_value=1)
+    return Kept(values.reshape(rows.source.size, -1), scales)
+
+
+def _summed(y: Array, rows: Rows | None) -> Array:
+    return y if rows is None else combine(y, rows)
 
 
 def _kept(x: Array, role: Role) -> Kept:

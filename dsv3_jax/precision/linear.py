@@ -8,7 +8,7 @@ so that the three products of a Linear are visible (V3 sec. 3.3.1):
     Dgrad  dx = dy W^T       FP8: 1x128 by 128x128
     Wgrad  dW = x^T dy       FP8: 1x128 by 128x1, both tiles along tokens; summed and returned in float32
 
-`ffn` and `grouped_ffn` are whole FFNs, which the kernels for Hopper fuse further (`precision.hopper`).
+`ffn` and `routed_ffn` are whole FFNs, which the kernels for Hopper fuse further (`precision.hopper`).
 
 Master weights are float32 and are cast, or quantized, here at the moment of use. What a backward pass keeps of x is
 x itself in the dtype of activations, or in FP8 its values and scales.
@@ -27,11 +27,13 @@ from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.matmul import quantized_matmul
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
 from dsv3_jax.precision.quantize import Quantized, dequantize, quantize, retile
+from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.backend import use_pallas
 
 _log = logging.getLogger(__name__)
 
 BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
+_Roles = tuple[Role, Role]
 
 
 def linear(x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR) -> Float[Array, "*b n"]:
@@ -84,24 +86,29 @@ def grouped_swiglu_linear(
 def ffn(x: Float[Array, "*b d"], up: Float[Array, "d two_f"], down: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
     """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]."""
     if recipe.fp8 and _on_kernels(recipe, x, (*up.shape, *down.shape), down.shape[0]):
-        return _fused_ffn(_rows(x), up, None, down, None, recipe, (LINEAR, LINEAR)).reshape(*x.shape[:-1], down.shape[1])
+        return _fused_ffn(_rows(x), None, up, None, down, None, recipe, (LINEAR, LINEAR)).reshape(*x.shape[:-1], down.shape[1])
     return swiglu_linear(linear(x, up, recipe), down, recipe)
 
 
-def grouped_ffn(
-    x: Float[Array, "blocks rows d"],
+def routed_ffn(
+    x: Float[Array, "n d"],
+    rows: Rows,
     up: Float[Array, "experts d two_f"],
-    gates: Float[Array, "blocks rows 1"],
-    down: Float[Array, "experts f n"],
+    gates: Float[Array, " rows"],
+    down: Float[Array, "experts f n_out"],
     block_expert: Int[Array, " blocks"],
     recipe: Recipe = BF16,
-) -> Float[Array, "blocks rows n"]:
-    """`(gates * swiglu(x @ up)) @ down` with the kernels of each block's expert: the routed experts."""
-    if recipe.fp8 and _on_kernels(recipe, x, (*up.shape[1:], *down.shape[1:]), down.shape[1], x.shape[1]):
-        flat = _fused_ffn(_rows(x), up, gates.reshape(-1), down, block_expert, recipe, (EXPERT_UP, EXPERT_DOWN))
-        return flat.reshape(*x.shape[:-1], down.shape[2])
-    hidden = grouped_linear(x, up, block_expert, recipe, EXPERT_UP)
-    return grouped_swiglu_linear(hidden, gates, down, block_expert, recipe)
+) -> Float[Array, "n n_out"]:
+    """Each token's sum, over its rows, of `(gate * swiglu(x up)) down` with the kernels of the expert that owns the row's block.
+
+    By the kernels for FP8, a token is quantized once and its rows are copies in one byte a number, in both directions.
+    """
+    height = gates.size // block_expert.size
+    if recipe.fp8 and _on_kernels(recipe, x, (*up.shape[1:], *down.shape[1:]), down.shape[1], height):
+        return _fused_ffn(x, rows, up, gates, down, block_expert, recipe, (EXPERT_UP, EXPERT_DOWN))
+    hidden = grouped_linear(dispatch(x, rows).reshape(-1, height, x.shape[1]), up, block_expert, recipe, EXPERT_UP)
+    y = grouped_swiglu_linear(hidden, gates.reshape(-1, height, 1), down, block_expert, recipe)
+    return combine(_rows(y), rows)
 
 
 # --- one product and its gradients ---
@@ -170,27 +177,32 @@ def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple
 _swiglu_product.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _fused_ffn(
-    x: Array, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: tuple[Role, Role]
+    x: Array, rows: Rows | None, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: _Roles
 ) -> Array:
-    return _fused_fwd(x, up, gates, down, block_expert, recipe, roles)[0]
+    return _fused_fwd(x, rows, up, gates, down, block_expert, recipe, roles)[0]
 
 
 def _fused_fwd(
-    x: Array, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: tuple[Role, Role]
+    x: Array, rows: Rows | None, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: _Roles
 ) -> tuple[Array, tuple]:
-    owned = None if block_expert is None else hopper.owners(block_expert, x.shape[0] // block_expert.size, up.shape[0])
-    y, inputs, hidden = hopper.ffn(x, up, None if gates is None else gates.astype(jnp.float32), down, owned, roles)
-    return y, (_named(inputs, roles[0].name), _named(hidden, "swiglu_in"), up, gates, down, block_expert)
+    routed = _routed(rows, block_expert, up)
+    y, inputs, hidden = hopper.ffn(x, up, None if gates is None else gates.astype(jnp.float32), down, routed, roles)
+    return y, (_named(inputs, roles[0].name), _named(hidden, "swiglu_in"), rows, up, gates, down, block_expert)
 
 
-def _fused_bwd(recipe: Recipe, roles: tuple[Role, Role], residual: tuple, dy: Array) -> tuple[Array, Array, Array | None, Array, None]:
-    inputs, hidden, up, gates, down, block_expert = residual
-    owned = None if block_expert is None else hopper.owners(block_expert, dy.shape[0] // block_expert.size, up.shape[0])
+def _fused_bwd(recipe: Recipe, roles: _Roles, residual: tuple, dy: Array) -> tuple[Array, None, Array, Array | None, Array, None]:
+    inputs, hidden, rows, up, gates, down, block_expert = residual
     wide = None if gates is None else gates.astype(jnp.float32)
-    dx, d_up, d_gates, d_down = hopper.ffn_gradients((inputs, hidden), up, wide, down, owned, dy, roles)
-    return dx, d_up, None if d_gates is None else d_gates.astype(gates.dtype), d_down, None
+    dx, d_up, d_gates, d_down = hopper.ffn_gradients((inputs, hidden), up, wide, down, _routed(rows, block_expert, up), dy, roles)
+    return dx, None, d_up, None if d_gates is None else d_gates.astype(gates.dtype), d_down, None
+
+
+def _routed(rows: Rows | None, block_expert: BlockExpert, kernel: Array) -> tuple[Rows, hopper.Owners] | None:
+    if rows is None or block_expert is None:
+        return None
+    return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, kernel.shape[0])
 
 
 _fused_ffn.defvjp(_fused_fwd, _fused_bwd)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.precision.linear import ffn, grouped_ffn, grouped_linear, linear
+from dsv3_jax.model.moe import expert_ffn
+from dsv3_jax.model.router import Routing
+from dsv3_jax.precision.linear import ffn, grouped_linear, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_UP, LINEAR, Recipe
 from pallas_kernels import gemm
 
@@ -67,11 +69,15 @@ def test_grouped_linear(fp8):
     assert_same(both_ways(function, (blocks(0, 64), random(1, 3, 64, 128)), fp8, NOBODYS), 4e-3)
 
 
-def test_grouped_ffn():
-    x, up, down = blocks(0, 64), random(1, 3, 64, 256) / 8, random(2, 3, 128, 64) / 8
-    gates = jnp.abs(random(3, 4, 128, 1)).at[3].set(0)
-    function = lambda x, up, gates, down, recipe: grouped_ffn(x, up, gates, down, OWNERS, recipe)  # noqa: E731
-    assert_same(both_ways(function, (x, up, gates, down), nobodys=NOBODYS), 1.5e-2)
+def test_routed_ffn():
+    """Experts of unequal load, one without any; gradients too are sums over a token's rows."""
+    experts = jnp.stack([jnp.arange(150) % 5 == 0, jnp.full(150, 3)], 1).astype(jnp.int32)
+    gates, up, down = jnp.abs(random(0, 150, 2)), random(1, 4, 64, 2, 128) / 8, random(2, 4, 128, 64) / 8
+
+    def layer(x, gates, up, down, recipe):
+        return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
+
+    assert_same(both_ways(layer, (random(3, 150, 64).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.model.moe import block_rows, combine, dispatch, expert_ffn, plan_blocks
+from dsv3_jax.model.moe import block_rows, expert_ffn, plan_blocks
 from dsv3_jax.model.router import Routing
+from dsv3_jax.precision.rows import combine, dispatch
 
 
 def one_expert_at_a_time(x, routing, gate_up, down):
@@ -66,11 +67,11 @@ def test_plan_drops_nothing(n, k, e, rows, seed):
 
 
 def test_dispatch_and_combine_are_each_others_transpose():
-    plan = plan_blocks(jnp.array([[0, 2], [2, 1], [2, 0]]), 4, 4)
-    x, y = jax.random.normal(jax.random.key(0), (3, 5)), jax.random.normal(jax.random.key(1), (plan.pair.size, 5))
-    np.testing.assert_allclose((dispatch(x, plan) * y).sum(), (x * combine(y, plan)).sum(), rtol=1e-5)
-    np.testing.assert_allclose(jax.vjp(lambda a: dispatch(a, plan), x)[1](y)[0], combine(y, plan), rtol=1e-6)
-    np.testing.assert_allclose(jax.vjp(lambda a: combine(a, plan), y)[1](x)[0], dispatch(x, plan), rtol=1e-6)
+    rows = plan_blocks(jnp.array([[0, 2], [2, 1], [2, 0]]), 4, 4).rows
+    x, y = jax.random.normal(jax.random.key(0), (3, 5)), jax.random.normal(jax.random.key(1), (rows.source.size, 5))
+    np.testing.assert_allclose((dispatch(x, rows) * y).sum(), (x * combine(y, rows)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(jax.vjp(lambda a: dispatch(a, rows), x)[1](y)[0], combine(y, rows), rtol=1e-6)
+    np.testing.assert_allclose(jax.vjp(lambda a: combine(a, rows), y)[1](x)[0], dispatch(x, rows), rtol=1e-6)
 
 
 def test_padding_stays_small():
