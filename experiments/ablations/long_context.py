@@ -31,10 +31,10 @@ from experiments.ablations.scoring import score_tokens
 from experiments.ablations.texts import characters_per_token, pieces, trained_on
 
 CONFIG = cli.define_config()
-STEPS, WORKDIR = study.define_flags(steps=1500)
+STEPS, WORKDIR = study.define_flags(steps=1000)
 SEEDS = study.define_seeds()
 EXTENSION = flags.DEFINE_integer("extension_steps", 60, "Training steps of each phase of an extension.", lower_bound=1)
-LENGTHS = flags.DEFINE_list("lengths", ["1", "2", "4", "8", "16", "32"], "Lengths of haystacks, in multiples of train.sequence_length.")
+LENGTHS = flags.DEFINE_list("lengths", ["1", "4", "8", "32"], "Lengths of haystacks, in multiples of train.sequence_length.")
 TRIALS = flags.DEFINE_integer("trials", 16, "Haystacks of each length and depth, for every seed.", lower_bound=1)
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
