@@ -51,6 +51,12 @@ def parameters(config: ModelConfig, seed: int = 0) -> tuple[dict, RouterBias]:
     return params, jax.tree.map(jax.numpy.asarray, bias)
 
 
+def agreeing(config: ModelConfig, seed: int = 0) -> tuple[dict, RouterBias]:
+    """Parameters whose modules often draft what the main model would say: embedding and head outweigh the layers."""
+    params, bias = parameters(config, seed)
+    return {**params, "embed": params["embed"] * 6, "lm_head": params["lm_head"] * 3}, bias
+
+
 def rows(config: ModelConfig, batch: int, length: int, seed: int = 1) -> jax.Array:
     """Random rows of length + 1 tokens."""
     return jax.random.randint(jax.random.key(seed), (batch, length + 1), 0, config.vocab_size)

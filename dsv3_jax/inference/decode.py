@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.cache import Cache, init_cache
+from dsv3_jax.inference.cache import Cache, in_rows, init_cache
 from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.mla import Store, contiguous
@@ -30,8 +30,8 @@ def forward_cached(
 
     A token sees the cache slots up to its own position; what later slots hold does not matter.
     """
-    mask = jnp.arange(cache.moe.c_kv.shape[2]) <= positions[:, :, None]
-    return forward_stored(params, bias, tokens, positions, cache, mask, contiguous, config, execution)
+    layout = in_rows(cache)
+    return forward_stored(params, bias, tokens, positions, cache, layout.visible(positions), layout.store, config, execution)
 
 
 def forward_prompts(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.cache import Cache
+from dsv3_jax.inference.cache import Cache, Layout
 from dsv3_jax.model.mla import InPages, Latent, Store
 from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize, quantize
 from pallas_kernels.backend import use_pallas
@@ -42,6 +42,11 @@ def init_pages(config: ModelConfig, pages: int, page_size: int, dtype: str, fp8:
         return Pages(jnp.zeros((*shape, r), "float8_e4m3fn" if fp8 else dtype), scales, jnp.zeros((*shape, config.qk_rope_head_dim), dtype))
 
     return Cache(pool(config.num_dense_layers), pool(config.num_moe_layers))
+
+
+def in_pages(table: Int[Array, "b n"], cache: Cache, impl: str) -> Layout:
+    """The layout of `init_pages`, for sequences with these pages."""
+    return Layout(paged(table, impl), table.shape[1] * cache.moe.k_r.shape[2])
 
 
 def paged(table: Int[Array, "b n"], impl: str = "reference") -> Store:

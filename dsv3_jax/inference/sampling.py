@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 Number = Float[Array | np.ndarray, "..."] | float
 
@@ -32,8 +32,12 @@ def top_p_mask(scores: Float[Array, "b v"], top_p: Number) -> Float[Array, "b v"
 
 def probabilities(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
     """What `sample` draws from; at temperature 0 all of it on the most likely token."""
-    drawn = jax.nn.softmax(_nucleus(logits, sampling), axis=-1)
-    return jnp.where(sampling.temperature == 0, jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1]), drawn)
+    likeliest = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+
+    def drawn() -> Array:
+        return jnp.where(_column(sampling.temperature) == 0, likeliest, jax.nn.softmax(_nucleus(logits, sampling), axis=-1))
+
+    return jax.lax.cond(_all_greedy(sampling), lambda: likeliest, drawn)
 
 
 def sample(logits: Float[Array, "b v"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, " b"]:
@@ -51,12 +55,29 @@ def sample_rows(
     """`sample` with settings of each row; a draw depends on the row's seed and position, not on the other rows."""
 
     def drawn() -> Array:
-        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
-        return jax.vmap(lambda row, key, of_row: sample(row[None], key, of_row)[0])(logits, keys, sampling)
+        return draw(probabilities(logits, sampling), keys_at(seeds, positions))
 
-    greedy = (jnp.asarray(sampling.temperature) == 0).all()
-    return jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), drawn)
+    return jax.lax.cond(_all_greedy(sampling), lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32), drawn)
+
+
+def keys_at(seeds: UInt32[Array, " b"], positions: Int[Array, " b"]) -> Key[Array, " b"]:
+    """The key of each row for what it draws at a position."""
+    return jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(seeds, positions)
+
+
+def draw(chances: Float[Array, "b v"], keys: Key[Array, " b"]) -> Int[Array, " b"]:
+    """A token of each row, with a key of its own, by chances that need not add up to 1."""
+    return jax.vmap(jax.random.categorical)(keys, jnp.log(chances)).astype(jnp.int32)
+
+
+def _all_greedy(sampling: Sampling) -> Array:
+    return (jnp.asarray(sampling.temperature) == 0).all()
 
 
 def _nucleus(logits: Array, sampling: Sampling) -> Array:
-    return top_p_mask(logits / jnp.maximum(sampling.temperature, 1e-6), sampling.top_p)
+    return top_p_mask(logits / jnp.maximum(_column(sampling.temperature), 1e-6), _column(sampling.top_p))
+
+
+def _column(setting: Number) -> Array:
+    """A setting beside scores [b, v], whether it is one or one of each row."""
+    return jnp.asarray(setting)[..., None]

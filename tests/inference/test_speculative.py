@@ -5,22 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.inference.cache import init_cache
+from dsv3_jax.inference.cache import in_rows
 from dsv3_jax.inference.decode import generate
 from dsv3_jax.inference.sampling import GREEDY, Sampling, probabilities
 from dsv3_jax.inference.speculative import Model, accept, draft, generate_speculatively, speculate_round, start
 from dsv3_jax.model.mtp import predict_ahead
 from dsv3_jax.model.transformer import Execution, logits, trunk
-from tests.small import MODEL, model, parameters
+from tests.small import MODEL, agreeing, model, parameters
 
 EXECUTION = Execution()
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [35, 8, 9]]
-
-
-def agreeing(config, seed: int = 0):
-    """Parameters whose modules often draft what the main model would say: embedding and head outweigh the layers."""
-    params, bias = parameters(config, seed)
-    return {**params, "embed": params["embed"] * 6, "lm_head": params["lm_head"] * 3}, bias
 
 
 def speculative(params, bias, prompts, config, drafts, count, temperature=0.0, seed=0):
@@ -53,27 +47,28 @@ def test_drafts_over_the_cache_are_those_of_the_training_pass():
     config = model(num_nextn_predict_layers=2)
     params, bias = agreeing(config)
     prompt = [7, 3, 3, 21, 40, 11]
-    cache, settings = init_cache(config, 1, 32, "float32"), (GREEDY, config, EXECUTION, 2)
-    padded = jnp.zeros((1, 8), jnp.int32).at[0, :6].set(jnp.array(prompt))
-    first, state = start(params, bias, padded, jnp.array([6]), cache, jax.random.key(0), *settings)
+    padded, draws, settings = np.int32([[*prompt, 0, 0]]), (jnp.zeros(1, jnp.uint32), GREEDY), (config, EXECUTION, 2)
+    first, state = start(params, bias, padded, np.int32([6]), 32, *draws, *settings)
     known = [*prompt, int(first[0])]
 
     @jax.jit
     def drafted(state):
-        return draft(Model(params, bias, config, EXECUTION, 2), state, jax.random.key(0), GREEDY)[0]
+        return draft(
+            Model(params, bias, config, EXECUTION, 2, in_rows(state.cache)), state, jax.random.split(jax.random.key(0), 1), GREEDY
+        )[0]
 
     @jax.jit
     def in_training(row):
         hidden = trunk(params, bias, row[:, :-1], config, EXECUTION).hidden
         return [logits(params, out.hidden[0]).argmax(-1) for out in predict_ahead(params, bias, hidden, row, config, EXECUTION)]
 
-    for number in range(4):
+    for _ in range(4):
         # Position m-1 of module k predicts token m+k; module 2 sees the first draft as a token.
         found = drafted(state)
         row = np.zeros((1, 20), np.int32)
         row[0, : len(known) + 1] = [*known, int(found[0, 0])]
         assert found[0].tolist() == [int(tokens[len(known) - 2]) for tokens in in_training(jnp.asarray(row))]
-        tokens, kept, state = speculate_round(params, bias, state, jnp.array([True]), jax.random.key(number), *settings)
+        tokens, kept, state = speculate_round(params, bias, state, np.array([True]), *draws, None, *settings)
         known += tokens[0, : int(kept[0]) + 1].tolist()
 
 
@@ -89,7 +84,7 @@ def test_accepted_and_replaced_drafts_follow_the_main_model():
     p, q = rng.dirichlet(np.ones(4), 3).astype(np.float32), rng.dirichlet(np.ones(4), 2).astype(np.float32)
     drafts = jax.random.categorical(jax.random.key(1), jnp.log(q)[None], shape=(n, 2)).astype(jnp.int32)
     wide = lambda chances: jnp.broadcast_to(jnp.asarray(chances), (n, *chances.shape))  # noqa: E731
-    tokens, kept = (np.asarray(x) for x in accept(jax.random.key(2), drafts, wide(q), wide(p)))
+    tokens, kept = (np.asarray(x) for x in accept(jax.random.split(jax.random.key(2), n), drafts, wide(q), wide(p)))
     for i in range(3):
         there = tokens[kept >= i, i]
         assert chi_square(np.bincount(there, minlength=4), p[i] * len(there)) < 3
