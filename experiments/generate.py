@@ -28,11 +28,7 @@ TOP_P = flags.DEFINE_float(
 )
 SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
 CHAT = flags.DEFINE_bool("chat", False, "Take the prompt as a user's message, in the chat template beside the tokenizer.")
-
-SPECULATIVE = flags.DEFINE_integer(
-    "speculative", 0, "Tokens that MTP modules draft and the model verifies in one pass; 0: none. The text follows the same distribution.",
-    lower_bound=0,
-)  # fmt: skip
+SPECULATIVE = sources.define_speculative()
 
 
 def main() -> int:
@@ -77,8 +73,7 @@ def new_tokens(run: "Run", prompt: list[int], count: int, drafts: dict[str, int]
     if not SPECULATIVE.value:
         yield from (int(token[0]) for token in generate(*model, **settings))
         return
-    if not run.config.model.num_nextn_predict_layers:
-        raise ConfigError("--speculative", SPECULATIVE.value, "this model has no MTP modules to draft with; leave it out")
+    sources.check_drafts(SPECULATIVE.value, run.config.model)
     for done in generate_speculatively(*model, drafts=SPECULATIVE.value, **settings):
         drafts["proposed"] += done.proposed
         drafts["accepted"] += done.accepted

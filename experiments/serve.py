@@ -1,7 +1,7 @@
 """Serves a trained model over HTTP, with the completions and chat endpoints of OpenAI's API.
 
 uv run -m experiments.serve --workdir=runs/tiny
-uv run -m experiments.serve --hf=DeepSeek-V3 --port=8001 --rows=16 --context=8192
+uv run -m experiments.serve --hf=DeepSeek-V3 --port=8001 --rows=16 --context=8192 --speculative=1
 
 For research on one machine: there is no authentication, so it listens on 127.0.0.1 unless told otherwise.
 """
@@ -23,6 +23,7 @@ CONTEXT = flags.DEFINE_integer(
     "Without it what the model takes, 4096 at most.", lower_bound=3,
 )  # fmt: skip
 FP8_CACHE = flags.DEFINE_bool("fp8_cache", False, "Keep c_kv in E4M3: little more than half the cache of bfloat16.")
+SPECULATIVE = sources.define_speculative()
 MAX_QUEUE = flags.DEFINE_integer("max_queue", 64, "Requests that may wait for a row; one more gets status 429.", lower_bound=0)
 TIMEOUT = flags.DEFINE_float(
     "timeout", 600.0, "Seconds of a request, waiting included; a client that leaves an answer unread for so long is dropped.",
@@ -41,7 +42,7 @@ def main() -> int:
 
     settings = lifetime.Settings(
         name=NAME.value, rows=ROWS.value, context=CONTEXT.value, fp8_cache=FP8_CACHE.value,
-        max_queue=MAX_QUEUE.value, timeout=TIMEOUT.value, max_body=MAX_BODY.value, grace=GRACE.value,
+        drafts=SPECULATIVE.value, max_queue=MAX_QUEUE.value, timeout=TIMEOUT.value, max_body=MAX_BODY.value, grace=GRACE.value,
     )  # fmt: skip
     bound = lifetime.bind(HOST.value, PORT.value)  # before the model is read, which may take minutes
     run = SOURCE.open()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from dsv3_jax.training.run import Run
@@ -50,3 +50,15 @@ def define_flags() -> Source:
             "dtype", None, ["float32", "bfloat16"], "Compute dtype with --checkpoint or --hf; without it bfloat16 on a GPU, else float32."
         ),
     )
+
+
+def define_speculative() -> flags.FlagHolder:
+    """Defines --speculative, for `check_drafts`."""
+    text = "Tokens that MTP modules draft and the model verifies in one pass; 0: none. The text follows the same distribution."
+    return flags.DEFINE_integer("speculative", 0, text, lower_bound=0)
+
+
+def check_drafts(drafts: int, model: ModelConfig) -> None:
+    """Raises ConfigError when --speculative asks for drafts of a model that has nothing to draft with."""
+    if drafts and not model.num_nextn_predict_layers:
+        raise ConfigError("--speculative", drafts, "this model has no MTP modules to draft with; leave it out")

@@ -51,10 +51,13 @@ def parameters(config: ModelConfig, seed: int = 0) -> tuple[dict, RouterBias]:
     return params, jax.tree.map(jax.numpy.asarray, bias)
 
 
+@functools.cache
 def agreeing(config: ModelConfig, seed: int = 0) -> tuple[dict, RouterBias]:
     """Parameters whose modules often draft what the main model would say: embedding and head outweigh the layers."""
     params, bias = parameters(config, seed)
-    return {**params, "embed": params["embed"] * 6, "lm_head": params["lm_head"] * 3}, bias
+    eh_proj = params["mtp"]["eh_proj"]["kernel"].at[:, : config.hidden_size].add(2 * np.eye(config.hidden_size))
+    mtp = {**params["mtp"], "eh_proj": {"kernel": eh_proj}}
+    return {**params, "embed": params["embed"] * 6, "lm_head": params["lm_head"] * 3, "mtp": mtp}, bias
 
 
 def rows(config: ModelConfig, batch: int, length: int, seed: int = 1) -> jax.Array:

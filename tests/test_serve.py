@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 
 import httpx
 import openai
@@ -24,7 +25,7 @@ from experiments.serving import lifetime
 from tests import micro_config
 from tests.interop.folders import write_random
 from tests.served import Gate, health, serving, until
-from tests.small import parameters
+from tests.small import agreeing, parameters
 from tests.test_cli import ROOT
 
 MICRO = from_config_dict(micro_config.get_config())
@@ -236,6 +237,26 @@ def test_metrics_count_how_requests_end_and_their_tokens(run):
     assert {key: figures[key] for key in expected} == expected
 
 
+def test_drafts_change_no_greedy_text_and_are_counted(run, gate):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_nextn_predict_layers=1))
+    params, bias = agreeing(config.model)
+    run = run._replace(config=config, params=params, router_bias=bias)
+    expected = greedy(run, run.tokenizer.encode(PROMPT).ids, 40)
+    asked = {"model": "micro", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    with serving(run, drafts=1) as server:
+        assert server.figures()["drafted_tokens_total", None] == 0  # those of the warm-up are nobody's
+        gate.pause, started = 0.02, time.monotonic()
+        assert server.client().completions.create(**asked).choices[0].text == expected
+        figures, elapsed = server.figures(), time.monotonic() - started
+        drafted, accepted = (figures[f"{name}_tokens_total", None] for name in ("drafted", "accepted"))
+        assert 0 < accepted < drafted and drafted + accepted in (39, 40)  # a round's last token may be one too many
+        assert figures["generated_tokens_total", None] == 40 and figures["inter_token_seconds_count", None] == 39
+        assert figures["inter_token_seconds_sum", None] < elapsed  # tokens of a round share its time
+        stop = expected[9:14]
+        stopped = server.client().completions.create(**asked, stop=stop)
+    assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (expected[: expected.index(stop)], "stop")
+
+
 def test_a_full_queue_gives_429_and_says_when_to_retry(run, gate):
     with serving(run, gate, max_queue=1) as server, concurrent.futures.ThreadPoolExecutor(3) as pool:
         gate.open.clear()
@@ -332,7 +353,7 @@ def test_an_engine_that_fails_ends_the_server_with_its_error(run, monkeypatch):
         assert [type(error) for error in server.failure] == [ZeroDivisionError]
 
 
-def test_addresses_and_contexts_that_cannot_be_used(run):
+def test_addresses_contexts_and_drafts_that_cannot_be_used(run):
     with contextlib.closing(lifetime.bind("127.0.0.1", 0)) as taken:
         taken.listen()
         with pytest.raises(ConfigError, match=r"--port = \d+: cannot be used at 127.0.0.1: .*choose another"):
@@ -341,6 +362,8 @@ def test_addresses_and_contexts_that_cannot_be_used(run):
         lifetime.bind("no.such.host.invalid", 0)
     with pytest.raises(ConfigError, match="--context = 65: the model takes 64 tokens"):
         asyncio.run(lifetime.serve(run, lifetime.Settings(context=65), lifetime.bind("127.0.0.1", 0), StopSignal()))
+    with pytest.raises(ConfigError, match="--speculative = 1: this model has no MTP modules"):
+        asyncio.run(lifetime.serve(run, lifetime.Settings(drafts=1), lifetime.bind("127.0.0.1", 0), StopSignal()))
 
 
 @pytest.mark.slow

@@ -31,6 +31,14 @@ class EngineSettings:
     fp8: bool = False  # c_kv in E4M3
     drafts: int = 0  # tokens that MTP modules draft a round; 0: none
 
+    def pages_for(self, positions: int) -> int:
+        """Pages that hold so many positions."""
+        return -(-positions // self.page_size)
+
+    def pages_of(self, tokens: int) -> int:
+        """Pages of a sequence of so many tokens: the last one is never read, but a round may read so many drafts from its place on."""
+        return self.pages_for(tokens - 1 + self.drafts)
+
 
 class NewToken(NamedTuple):
     """A token of a request; `last` when no other follows."""
@@ -70,7 +78,9 @@ class Engine:
         self._decoder = Speculating(*model, settings.rows, settings.drafts) if settings.drafts else OneByOne(*model)
         # A sequence may be as long as the model takes; a chunk that overhangs needs positions, but no pages. Modules run over
         # positions before the first too: in the last page, which has to be nobody's.
-        self._table_width = max(self._pages_for(self._longest + settings.chunk), self._pages_of(self._longest) + bool(settings.drafts))
+        self._table_width = max(
+            settings.pages_for(self._longest + settings.chunk), settings.pages_of(self._longest) + bool(settings.drafts)
+        )
         self._free = list(range(settings.pages - 1, NOBODY, -1))
         self._waiting: collections.deque[_Sequence] = collections.deque()
         self._rows: list[_Sequence | None] = [None] * settings.rows
@@ -118,7 +128,7 @@ class Engine:
     ) -> int:
         """Queues a prompt; returns the number of the request. Raises ValueError for one that could never run."""
         total = len(prompt) + max_new_tokens
-        pages = self._pages_of(total)
+        pages = self._settings.pages_of(total)
         if not prompt or max_new_tokens < 1 or total > self._longest:
             raise ValueError(f"prompt of {len(prompt)} tokens and {max_new_tokens} new ones: both at least 1, together {self._longest}")
         if pages >= self._settings.pages:
@@ -141,18 +151,11 @@ class Engine:
         decoding = [s if s and s.is_read else None for s in self._rows]
         return self._prefill() + (self._decode(decoding) if any(decoding) else [])
 
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._settings.page_size)
-
-    def _pages_of(self, total: int) -> int:
-        """Pages of a sequence of so many tokens: the last one is never read, but a round may read so many drafts from its place on."""
-        return self._pages_for(total - 1 + self._settings.drafts)
-
     def _admit(self) -> None:
         """In order of arrival: a long request is not overtaken, so it does not wait for ever."""
         while self._waiting and None in self._rows:
             sequence = self._waiting[0]
-            needed = self._pages_of(sequence.prompt + sequence.max_new_tokens)
+            needed = self._settings.pages_of(sequence.prompt + sequence.max_new_tokens)
             if needed > len(self._free):
                 return
             sequence.pages = [self._free.pop() for _ in range(needed)]

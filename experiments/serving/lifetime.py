@@ -19,6 +19,7 @@ from experiments.serving.app import Limits, make_app
 from experiments.serving.calls import Served
 from experiments.serving.metrics import Metrics
 from experiments.serving.worker import FAILED, Worker
+from experiments.sources import check_drafts
 
 _PAGE_SIZE, _CHUNK = 64, 128  # tokens of a page of the cache, and of a prompt read in a step
 _DEFAULT_CONTEXT = 4096  # tokens
@@ -33,6 +34,7 @@ class Settings:
     rows: int = 8
     context: int | None = None  # None: what the model takes, _DEFAULT_CONTEXT at most
     fp8_cache: bool = False
+    drafts: int = 0
     max_queue: int = 64
     timeout: float = 600.0
     max_body: int = 2**20
@@ -88,7 +90,9 @@ def _prepare(run: Run, settings: Settings) -> tuple[Engine, Served]:
     context = settings.context or min(longest, _DEFAULT_CONTEXT)
     if context > longest:
         raise ConfigError("--context", context, f"the model takes {longest} tokens; give at most so many")
-    sizes = EngineSettings(settings.rows, settings.rows * -(-context // _PAGE_SIZE) + 1, _PAGE_SIZE, _CHUNK, settings.fp8_cache)
+    check_drafts(settings.drafts, run.config.model)
+    sizes = EngineSettings(settings.rows, page_size=_PAGE_SIZE, chunk=_CHUNK, fp8=settings.fp8_cache, drafts=settings.drafts)
+    sizes = dataclasses.replace(sizes, pages=settings.rows * sizes.pages_of(context) + 1)
     model = dataclasses.replace(run.config.model, max_position_embeddings=context)  # a step reads as much cache as this allows
     engine = Engine(at_rest(run.params, run.execution), run.router_bias, model, run.execution, sizes)
     name = settings.name or run.folder.resolve().name

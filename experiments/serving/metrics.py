@@ -21,11 +21,16 @@ class Metrics:
         )
         self.prompt_tokens = Counter("dsv3_jax_prompt_tokens", "Tokens of prompts that were read to their end.", registry=self.registry)
         self.generated_tokens = Counter("dsv3_jax_generated_tokens", "Tokens generated.", registry=self.registry)
+        self.drafted_tokens = Counter("dsv3_jax_drafted_tokens", "Tokens that MTP modules drafted.", registry=self.registry)
+        self.accepted_tokens = Counter("dsv3_jax_accepted_tokens", "Drafts that the model accepted.", registry=self.registry)
         self.first_token = Histogram(
             "dsv3_jax_time_to_first_token_seconds", "From a request's acceptance, waiting included.", registry=self.registry, buckets=_FIRST
         )
         self.between_tokens = Histogram(
-            "dsv3_jax_inter_token_seconds", "Between two tokens of a request.", registry=self.registry, buckets=_BETWEEN
+            "dsv3_jax_inter_token_seconds",
+            "Between two tokens of a request; those of a round share its time equally.",
+            registry=self.registry,
+            buckets=_BETWEEN,
         )
 
     def watch(self, waiting: Callable[[], float], running: Callable[[], float]) -> None:

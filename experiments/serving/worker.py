@@ -6,6 +6,7 @@ cannot grow beyond the text of the tokens that it asked for.
 """
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
@@ -142,8 +143,7 @@ class Worker:
             self._warm_up()
             while not self._closing:
                 self._obey()
-                for new in self._engine.step():
-                    self._take(new)
+                self._step()
         except BaseException as error:  # whatever it is, the engine's cache is gone with it, and clients wait
             _LOGGER.exception("the engine failed")
             self._tell(self._failed, error)
@@ -182,29 +182,46 @@ class Worker:
         self._engine.cancel(number)
         del self._sequences[number]
 
-    def _take(self, new: NewToken) -> None:
-        sequence = self._sequences.get(new.request)
-        if sequence is None:  # a stop string ended it a token ago
-            return
-        self._observe(sequence)
+    def _step(self) -> None:
+        """A step of the engine. Tokens that it gives one request came together: those of a round."""
+        drafted, accepted = self._engine.drafted, self._engine.accepted
+        news = self._engine.step()
+        self._metrics.drafted_tokens.inc(self._engine.drafted - drafted)
+        self._metrics.accepted_tokens.inc(self._engine.accepted - accepted)
+        for number, of_request in itertools.groupby(news, key=lambda new: new.request):
+            self._take(number, list(of_request))
+
+    def _take(self, number: int, news: list[NewToken]) -> None:
+        """Sends what new tokens add to a request's text. Those after a stop string are dropped."""
+        sequence, pieces, finish = self._sequences[number], [], None
+        for new in news:
+            piece, finish = self._said(sequence, new)
+            pieces.append(piece)
+            if finish:
+                self._end(number)
+                break
+        self._observe(sequence, len(pieces), len(news))
+        self._tell(self._put, sequence.ticket, "".join(pieces), len(pieces), finish)
+
+    def _said(self, sequence: _Sequence, new: NewToken) -> tuple[str, str | None]:
+        """The text that a token adds, and how the request ends with it if it does."""
         ended = new.token in self._eos_ids
         text = "" if ended else sequence.cut.push(sequence.text.push(new.token))
         if new.last and not sequence.cut.stopped:
             text += sequence.cut.push(sequence.text.flush())
             text += "" if sequence.cut.stopped else sequence.cut.flush()
-        finish = "stop" if ended or sequence.cut.stopped else "length" if new.last else None
-        if finish:
-            self._end(new.request)
-        self._tell(self._put, sequence.ticket, text, 1, finish)
+        return text, "stop" if ended or sequence.cut.stopped else "length" if new.last else None
 
-    def _observe(self, sequence: _Sequence) -> None:
+    def _observe(self, sequence: _Sequence, taken: int, given: int) -> None:
+        """Counts tokens taken of those that a step gave."""
         now = time.monotonic()
         if sequence.newest is None:
             self._metrics.prompt_tokens.inc(len(sequence.ticket.job.prompt))
             self._metrics.first_token.observe(now - sequence.ticket.accepted)
         else:
-            self._metrics.between_tokens.observe(now - sequence.newest)
-        self._metrics.generated_tokens.inc()
+            for _ in range(taken):
+                self._metrics.between_tokens.observe((now - sequence.newest) / given)
+        self._metrics.generated_tokens.inc(taken)
         sequence.newest = now
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:

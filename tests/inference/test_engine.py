@@ -161,7 +161,7 @@ def test_sampled_requests_follow_their_own_distributions():
     params = {**params, "lm_head": params["lm_head"] / 3}
     engine = Engine(params, bias, config, EXECUTION, dataclasses.replace(SETTINGS, rows=4, drafts=2))
     ways = (Sampling(1.3, 1.0), Sampling(0.9, 0.8), GREEDY)  # of neighbours in the batch
-    kinds = {engine.submit(prompt, 3, **ways[i % 3]._asdict(), seed=i): i % 3 for i in range(n)}
+    kinds = {engine.submit(prompt, 3, **ways[i % 3]._asdict(), seed=10_000 + i): i % 3 for i in range(n)}
     told = drain(engine, {})
     for kind, sampling in enumerate(ways):
         found = np.array([tokens for number, tokens in told.items() if kinds[number] == kind]) @ [16, 4, 1]
@@ -204,7 +204,8 @@ def test_drafts_take_pages_and_modules():
         started(pages=13, drafts=2).submit([1] * 30, 18)
     started(pages=13, drafts=1).submit([1] * 30, 18)
     with pytest.raises(ValueError, match="0 MTP modules"):
-        started(model(num_nextn_predict_layers=0), drafts=1)
+        config = model(num_nextn_predict_layers=0)
+        Engine(*parameters(config), config, EXECUTION, dataclasses.replace(SETTINGS, drafts=1))
 
 
 def test_more_drafts_than_the_kernel_takes_are_refused_or_logged(monkeypatch, caplog):
