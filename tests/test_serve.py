@@ -29,10 +29,8 @@ from tests.small import agreeing, parameters
 from tests.test_cli import ROOT
 
 MICRO = from_config_dict(micro_config.get_config())
-# One MoE layer and no MTP module compile in half the time.
-CONFIG = dataclasses.replace(
-    MICRO, model=dataclasses.replace(MICRO.model, num_nextn_predict_layers=0, first_k_dense_replace=0, num_hidden_layers=1)
-)
+# One MoE layer compiles in half the time.
+CONFIG = dataclasses.replace(MICRO, model=dataclasses.replace(MICRO.model, first_k_dense_replace=0, num_hidden_layers=1))
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|reply|>"
 HELLO = [{"role": "system", "content": "short"}, {"role": "user", "content": "hello"}]
 PROMPT = "def read("
@@ -238,9 +236,7 @@ def test_metrics_count_how_requests_end_and_their_tokens(run):
 
 
 def test_drafts_change_no_greedy_text_and_are_counted(run, gate):
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_nextn_predict_layers=1))
-    params, bias = agreeing(config.model)
-    run = run._replace(config=config, params=params, router_bias=bias)
+    run = run._replace(params=agreeing(CONFIG.model)[0])
     expected = greedy(run, run.tokenizer.encode(PROMPT).ids, 40)
     asked = {"model": "micro", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     with serving(run, drafts=1) as server:
@@ -363,6 +359,7 @@ def test_addresses_contexts_and_drafts_that_cannot_be_used(run):
     with pytest.raises(ConfigError, match="--context = 65: the model takes 64 tokens"):
         asyncio.run(lifetime.serve(run, lifetime.Settings(context=65), lifetime.bind("127.0.0.1", 0), StopSignal()))
     with pytest.raises(ConfigError, match="--speculative = 1: this model has no MTP modules"):
+        run = run._replace(config=dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_nextn_predict_layers=0)))
         asyncio.run(lifetime.serve(run, lifetime.Settings(drafts=1), lifetime.bind("127.0.0.1", 0), StopSignal()))
 
 
@@ -371,7 +368,7 @@ def test_the_command_serves_a_public_folder_and_ends_with_status_0_on_sigterm(ru
     folder = write_random(tmp_path / "public", CONFIG.model)
     for file in run.folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    command = [sys.executable, "-m", "experiments.serve", f"--hf={folder}", "--port=0", "--rows=2"]
+    command = [sys.executable, "-m", "experiments.serve", f"--hf={folder}", "--port=0", "--rows=2", "--speculative=1", "--fp8_cache"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split(" at ")[1].split("/v1")[0]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=240)
