@@ -32,7 +32,9 @@ Params = dict[str, Any]  # nested; leaves are arrays
 # outputs above all, is computed again (V3 sec. 3.2.3).
 SAVED_NAMES = ("q_latent", "kv_latent", "attention_out", "attention_residual", "swiglu_in", "routing")
 
-UNROLLED_LAYERS = 4  # a CPU unrolls a stack up to this; deeper ones are a loop, so compile time does not grow with depth
+# A stack of up to so many layers is written out: on a CPU, and in the stages of a pipeline on any device (training/pipeline_step.py).
+# Deeper ones are a loop, so compile time does not grow with depth.
+UNROLLED_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
