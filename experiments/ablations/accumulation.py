@@ -16,6 +16,7 @@ from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.matmul import simulated_dot
 from experiments import cli
 from experiments.ablations import study
+from experiments.output import panels
 
 STEPS, WORKDIR = study.define_flags(steps=4)
 BITS = flags.DEFINE_integer("bits", 14, "Bits of the running sum.", lower_bound=2, upper_bound=24)
@@ -27,7 +28,7 @@ INTERVALS: tuple[int | None, ...] = (32, 64, 128, 256, None)
 def main() -> int:
     lengths = [k for k in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if k <= LARGEST_K.value]
     errors = {interval: [sum_errors(k, interval, BITS.value, ROWS.value, STEPS.value) for k in lengths] for interval in INTERVALS}
-    figure, (largest, typical) = study.panels(f"Running sum of {BITS.value} bits", 2)
+    figure, (largest, typical) = panels(f"Running sum of {BITS.value} bits", 2)
     for interval, values in errors.items():
         label = "never" if interval is None else f"N_C = {interval}"
         largest.loglog(lengths, [value[0] for value in values], "o-", label=label, base=2)

@@ -22,6 +22,7 @@ from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.routing import loads_of, picks_of
+from experiments.output import panels
 
 STRATEGIES = ("auxiliary", "sequence_wise", "batch_wise", "loss_free")
 BASELINE = "sequence_wise"
@@ -47,7 +48,7 @@ def main() -> int:
     config = study.read_config(CONFIG, STEPS.value)
     curves = study.train_seeds(_variants(config), SEEDS.value, Path(WORKDIR.value), study.Watch(measure, TIMES.value))
     found = {name: {key: np.array([run.measured[key] for run in runs]) for key in MEASURES} for name, runs in curves.items()}
-    figure, axes = study.panels("Balancing strategies", len(MEASURES))
+    figure, axes = panels("Balancing strategies", len(MEASURES))
     for name, values in found.items():
         for ax, key in zip(axes, MEASURES, strict=True):
             study.band(ax, curves[name][0].measured["step"], values[key], name)

@@ -24,6 +24,7 @@ from experiments.ablations import study
 from experiments.ablations.infill import Problems, make_problems
 from experiments.ablations.scoring import score_tokens
 from experiments.ablations.texts import characters_per_token, pieces, trained_on
+from experiments.output import panels
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
@@ -97,7 +98,7 @@ def _table(losses: dict[str, np.ndarray], figures: dict[str, dict[str, np.ndarra
 
 
 def _plot(curves: dict[str, list[study.Curve]], figures: dict[str, dict[str, np.ndarray]]) -> Figure:
-    figure, (losses, infill) = study.panels("Fill in the middle", 2)
+    figure, (losses, infill) = panels("Fill in the middle", 2)
     for name, of_seeds in curves.items():
         smooth = np.stack([study.smoothed(curve.loss) for curve in of_seeds])
         study.band(losses, np.arange(1, smooth.shape[1] + 1), smooth, name.replace("-", " "))

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments import cli
 from experiments.ablations import study
+from experiments.output import panels
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=60)
@@ -32,7 +33,7 @@ def main() -> int:
     error, chance = (100 * np.abs(smooth[name] / smooth["bf16"] - 1) for name in ("fp8", "bf16-other-start"))
     first = len(error) // 10  # until then the loss falls too fast for a ratio to mean much
     late, late_chance = error[first:], chance[first:]
-    figure, (losses, errors) = study.panels(f"FP8 against {config.train.compute_dtype}", 2)
+    figure, (losses, errors) = panels(f"FP8 against {config.train.compute_dtype}", 2)
     for name in ("bf16", "fp8"):
         losses.plot(smooth[name], label=name, linewidth=1.2)
     losses.set(ylabel="training loss, nats (EMA 0.9)")

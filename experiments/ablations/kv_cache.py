@@ -23,7 +23,7 @@ from dsv3_jax.training.accounting import cache_bytes_per_token, count_parameters
 from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.grouped_attention import GroupedConfig, grouped
-from experiments.output import gib
+from experiments.output import gib, panels
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150, least=0)
@@ -38,7 +38,7 @@ def main() -> int:
     if heads % GROUPS.value:
         raise ConfigError("--groups", GROUPS.value, f"must divide model.num_attention_heads = {heads}")
     key_values, sizes = _key_values(heads, GROUPS.value), cache_sizes(config.model, GROUPS.value)
-    figure, axes = study.panels("What a token keeps", 1 + bool(STEPS.value))
+    figure, axes = panels("What a token keeps", 1 + bool(STEPS.value))
     _draw_sizes(axes[0], config.model, sizes)
     tables, verdict = [_sizes_table(config.model, sizes)], _sizes_verdict(sizes)
     result: dict[str, Any] = {"bytes_per_token": sizes, "equal_groups": sizes["MLA"] / sizes["MQA"]}

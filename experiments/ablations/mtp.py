@@ -26,6 +26,7 @@ from dsv3_jax.training.accounting import model_flops_per_token, tokens_of_run, t
 from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
+from experiments.output import panels
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
@@ -127,7 +128,7 @@ def _decoding(accepted: np.ndarray, speedup: np.ndarray) -> str:
 
 
 def _plot(curves: dict[str, list[study.Curve]], flops: dict[str, float], accepted: np.ndarray, speedup: np.ndarray) -> Figure:
-    figure, (losses, shares, speeds) = study.panels("Multi-token prediction", 3)
+    figure, (losses, shares, speeds) = panels("Multi-token prediction", 3)
     for name in VARIANTS:
         smooth = np.stack([study.smoothed(curve.loss) for curve in curves[name]])
         study.band(losses, np.linspace(0, flops[name], smooth.shape[1] + 1)[1:], smooth, name)

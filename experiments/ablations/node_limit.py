@@ -24,6 +24,7 @@ from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.routing import picks_of
 from experiments.bench.traffic import nodes_a_token, row_bytes
+from experiments.output import panels
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
@@ -38,7 +39,7 @@ def main() -> int:
     losses = {name: np.array([run.val_loss for run in runs]) for name, runs in curves.items()}
     nodes = {name: np.array([run.measured["nodes"][-1].mean() for run in runs]) for name, runs in curves.items()}
     sent = {name: _bytes_a_token(config, values) for name, values in nodes.items()}
-    figure, (ax,) = study.panels("Loss against traffic, by the most nodes a token")
+    figure, (ax,) = panels("Loss against traffic, by the most nodes a token")
     for name, values in losses.items():
         x, y = sent[name], values
         ax.errorbar(x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt="o", capsize=3, label=f"M = {name}")

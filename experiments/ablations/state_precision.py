@@ -11,6 +11,7 @@ import numpy as np
 
 from experiments import cli
 from experiments.ablations import study
+from experiments.output import panels
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=60)
@@ -23,7 +24,7 @@ def main() -> int:
     curves = study.train_variants({kind: study.changed(config, optimizer={"moment_dtype": kind}) for kind in kinds}, workdir)
     smooth = {kind: study.smoothed(curve.loss) for kind, curve in curves.items()}
     error = 100 * np.abs(smooth["bfloat16"] / smooth["float32"] - 1)
-    figure, (losses, errors) = study.panels("Moments of AdamW", 2)
+    figure, (losses, errors) = panels("Moments of AdamW", 2)
     for kind in kinds:
         losses.plot(smooth[kind], label=f"{kind} moments", linewidth=1.2)
     losses.set(ylabel="training loss, nats (EMA 0.9)")

@@ -33,7 +33,6 @@ from dsv3_jax.training.state import TrainState, create_state
 from dsv3_jax.training.step import Rates, TrainStep, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
 from experiments import cli
-from experiments.output import panels as panels  # every study draws with it
 
 flags.disclaim_key_flags()
 _PLAIN = dataclasses.asdict(PrecisionConfig())
