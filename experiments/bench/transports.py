@@ -29,6 +29,14 @@ class Timed(NamedTuple):
     seconds: float
 
 
+class Load(NamedTuple):
+    """Tokens of all devices, and where they go, the same for every way of sending them."""
+
+    operands: tuple[Any, Any, Any]  # rows, experts and gates, on the devices
+    hops: tuple[Any, ...]
+    needed: float  # rows a token that have to be sent
+
+
 def main() -> int:
     config = cli.read_config(CONFIG)
     if config.parallel.mesh.expert_devices == 1:
@@ -46,9 +54,10 @@ def measure(config: Config, bound: float) -> Iterator[Timed]:
     mesh = make_mesh(config.parallel.mesh)
     tokens = config.train.micro_batch_size * config.train.sequence_length // config.parallel.mesh.batch_devices
     yield from _plain(config, mesh, tokens)
+    load = _load(config, mesh, tokens)
     for fp8 in (False, True):
         for limit in (None, bound):
-            yield from _layer(config, mesh, tokens, limit, fp8)
+            yield from _layer(config, mesh, tokens, load, limit, fp8)
 
 
 def _plain(config: Config, mesh: Any, tokens: int) -> Iterator[Timed]:
@@ -81,20 +90,36 @@ def _plain(config: Config, mesh: Any, tokens: int) -> Iterator[Timed]:
             yield Timed(f"lax.{name}, {dtype}", sent, sent, median_seconds(run, x))
 
 
-def _layer(config: Config, mesh: Any, tokens: int, bound: float | None, fp8: bool) -> Iterator[Timed]:
-    """Dispatch, plans included, and combine."""
+def _load(config: Config, mesh: Any, tokens: int) -> Load:
+    """What a random router gives the layer to send."""
     import jax
     import numpy as np
     from jax.sharding import PartitionSpec as P
 
-    from dsv3_jax.parallel.expert import Arrived, Placement, combine_tokens, dispatch_tokens, make_hops
+    from dsv3_jax.parallel.expert import make_hops
     from dsv3_jax.parallel.mesh import BATCH_AXES
-    from experiments.bench.timing import draw, median_seconds
-    from experiments.bench.traffic import padded_rows, random_picks, row_bytes, rows_sent
+    from experiments.bench.timing import draw
+    from experiments.bench.traffic import random_picks, rows_sent
 
-    m, sizes, k = config.model, config.parallel.mesh, config.model.num_experts_per_tok
-    hops = make_hops(config.parallel.dispatch, sizes, m)
-    placement, on = Placement(BATCH_AXES, hops, bound), P(BATCH_AXES)
+    m, sizes, k, count = config.model, config.parallel.mesh, config.model.num_experts_per_tok, tokens * mesh.devices.size
+    picks, hops = random_picks(jax.random.key(0), count, m), make_hops(config.parallel.dispatch, sizes, m)
+    operands = draw(1, (count, m.hidden_size), config.train.compute_dtype), picks, draw(2, (count, k), "float32")
+    needed = sum(rows_sent(np.asarray(picks).reshape(mesh.devices.size, tokens, k), m.n_routed_experts, hops, sizes).values())
+    return Load(jax.device_put(operands, jax.NamedSharding(mesh, P(BATCH_AXES))), hops, needed)
+
+
+def _layer(config: Config, mesh: Any, tokens: int, load: Load, bound: float | None, fp8: bool) -> Iterator[Timed]:
+    """Dispatch, plans included, and combine."""
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    from dsv3_jax.parallel.expert import Arrived, Placement, combine_tokens, dispatch_tokens
+    from dsv3_jax.parallel.mesh import BATCH_AXES
+    from experiments.bench.timing import median_seconds
+    from experiments.bench.traffic import padded_rows, row_bytes
+
+    m, k = config.model, config.model.num_experts_per_tok
+    placement, on = Placement(BATCH_AXES, load.hops, bound), P(BATCH_AXES)
 
     def dispatch(x: Any, experts: Any, gates: Any) -> tuple[Any, ...]:
         arrived: Arrived = dispatch_tokens(x, experts, gates, m.n_routed_experts, placement, fp8)
@@ -103,18 +128,13 @@ def _layer(config: Config, mesh: Any, tokens: int, bound: float | None, fp8: boo
     spread = {"mesh": mesh, "check_vma": False}
     send = jax.jit(jax.shard_map(dispatch, in_specs=on, out_specs=on, **spread))
     back = jax.jit(jax.shard_map(lambda y, plans: combine_tokens(y, plans, placement), in_specs=on, out_specs=on, **spread))
-    count = tokens * mesh.devices.size
-    picks = random_picks(jax.random.key(0), count, m)
-    operands = draw(1, (count, m.hidden_size), config.train.compute_dtype), picks, draw(2, (count, k), "float32")
-    operands = jax.device_put(operands, jax.NamedSharding(mesh, on))
-    y, _, _, plans = send(*operands)
-    per_token = sum(padded_rows(tokens, k, placement, sizes).values())
-    needed = sum(rows_sent(np.asarray(picks).reshape(mesh.devices.size, tokens, k), m.n_routed_experts, hops, sizes).values())
-    kind = f"{'fp8' if fp8 else 'bf16'}, bound {bound}"
+    y, _, _, plans = send(*load.operands)
+    sent = tokens * sum(padded_rows(tokens, k, placement, config.parallel.mesh).values())
+    needed, kind = tokens * load.needed, f"{'fp8' if fp8 else 'bf16'}, bound {bound}"
     there, here = row_bytes(m.hidden_size, k, config.train.compute_dtype, fp8)
-    yield Timed(f"dispatch, {kind}", tokens * per_token * there, tokens * needed * there, median_seconds(send, *operands))
+    yield Timed(f"dispatch, {kind}", sent * there, needed * there, median_seconds(send, *load.operands))
     if not fp8:
-        yield Timed(f"combine, {kind}", tokens * per_token * here, tokens * needed * here, median_seconds(back, y, plans))
+        yield Timed(f"combine, {kind}", sent * here, needed * here, median_seconds(back, y, plans))
 
 
 def render(timed: list[Timed]) -> str:
