@@ -1,6 +1,7 @@
 """Time of collectives that other kernels run beside, and the command that trains on several meshes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -42,9 +43,18 @@ def test_variants_train_on_the_same_rows(tmp_path):
 
 @pytest.mark.slow
 def test_transports_send_what_the_plan_says():
-    done = run("bench.transports", "--config=tests/micro_config.py", "--host_devices=2", "--config.parallel.mesh.gpu=2")
+    sizes = ("--config.train.sequence_length=64", "--config.model.hidden_size=4096")
+    done = run("bench.transports", "--config=tests/micro_config.py", "--host_devices=2", "--config.parallel.mesh.gpu=2", *sizes)
     assert done.returncode == 0, done.stderr
-    assert "combine, bf16, bound None" in done.stdout
+    found = re.findall(r"^(\S.*?)  +([\d.]+) MB  +([\d.]+) MB", done.stdout, flags=re.MULTILINE)
+    sent = {name: (float(sends), float(needs)) for name, sends, needs in found}
+    rows = 64  # that a device has; the worst case is a copy of each to the other device
+    assert sent["lax.all_to_all, bfloat16"] == (round(rows * 4096 * 2 / 1e6, 1),) * 2
+    assert sent["combine, bf16, bound None"][0] == round(rows * 4096 * 4 / 1e6, 1)
+    for way in ("dispatch, bf16", "dispatch, fp8", "combine, bf16"):
+        whole, bounded = (sent[f"{way}, bound {bound}"] for bound in (None, 1.5))
+        assert bounded[0] <= whole[0] and 0 < whole[1] <= whole[0] and whole[1] == bounded[1]
+    assert sent["dispatch, fp8, bound None"][0] < 0.3 * sent["dispatch, bf16, bound None"][0]
 
 
 def test_refusals():
