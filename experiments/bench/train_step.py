@@ -9,9 +9,6 @@ configuration is timed on the same machine after it, and the ratio printed.
 """
 
 import dataclasses
-import json
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.bench.peer import Peer
 from experiments.bench.timing import matmul_rate
 
 CONFIG = cli.define_config()
@@ -46,7 +44,7 @@ def main() -> int:
         ("peak memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB; the program's own plan {result['planned_bytes'] / 2**30:.2f} GiB"),
     ]  # fmt: skip
     if PEER.value:
-        result["peer"] = peer(config)
+        result["peer"] = time_peer(PEER.value, config)
         rows += peer_rows(result, config)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -127,20 +125,14 @@ def peer_rows(result: dict[str, Any], config: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def peer(config: Any) -> list[dict[str, Any]]:
+def time_peer(python: str, config: Any) -> list[dict[str, Any]]:
     """Figures of transformers' model of the same configuration, from the script beside this one."""
     from dsv3_jax.config import to_dict
 
-    script, root = "experiments.bench.train_step_transformers", Path(__file__).parents[2]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(json.dumps(to_dict(config)))
-        # As a module: by its path, kernels.py beside it would hide the package of that name, which transformers looks for.
-        command = [PEER.value, "-m", script, f"--config_json={path}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-    if done.returncode:
-        raise RuntimeError(f"{script} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    peer = Peer(python, "experiments.bench.train_step_transformers", [])
+    fastest = peer.ask(to_dict(config))["fastest"]
+    peer.leave()
+    return fastest
 
 
 if __name__ == "__main__":

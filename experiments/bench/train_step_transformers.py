@@ -1,19 +1,19 @@
 """Times a training step of transformers' DeepseekV3ForCausalLM, the peer that ours is compared with.
 
-Runs in an environment of its own, with torch and transformers and without this project:
+Runs in an environment of its own, with torch and transformers and without this project; experiments.bench.train_step starts it:
 
-    python -m experiments.bench.train_step_transformers --config_json=tiny.json
+    python -m experiments.bench.train_step_transformers < tiny.json
 
-where the file is a whole configuration, `json.dumps(dsv3_jax.config.to_dict(config))`; the batch is
-`train.micro_batch_size` rows of `train.sequence_length` random tokens. A step is forward, backward,
+The first line that it prints says what it is. A line that it reads is a whole configuration, `json.dumps(dsv3_jax.config.to_dict(config))`;
+the batch is `train.micro_batch_size` rows of `train.sequence_length` random tokens. A step is forward, backward,
 clipping to norm 1, and AdamW (torch's fused one), in float32. Every attention and expert implementation
-that transformers offers here is tried. The table has the loss after the last step, on which they must agree.
+that transformers offers here is tried. A table on standard error has the loss after the last step, on which they must agree.
 
 transformers trains the main model alone. For equal work, the fastest setting is timed again with MTP
 modules: transformers' own, made for drafting, put into the loss here. torch.compile is tried too, which
 needs a C++ compiler and a minute or two; `--no-compile` leaves it out.
 
-The last line is JSON: a list with the fastest setting as it comes, the fastest compiled, and the faster of the
+The answer is a line of JSON: `fastest` lists the fastest setting as it comes, the fastest compiled, and the faster of the
 two with MTP modules, each with `tokens_per_second`, `implementation` and `mtp`.
 """
 
@@ -21,9 +21,9 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ def peer_config(model: dict[str, Any], setting: Setting) -> DeepseekV3Config:
     if model["scoring_func"] != "sigmoid":
         raise SystemExit(f"model.scoring_func = {model['scoring_func']!r}: transformers has only sigmoid")
     if model["num_experts_per_tok"] // model["topk_group"] != 2 and model["n_group"] > model["topk_group"]:
-        print("note: transformers scores a group by its best 2 experts, this model by its best num_experts_per_tok // topk_group")
+        note("note: transformers scores a group by its best 2 experts, this model by its best num_experts_per_tok // topk_group")
     fields = {name: value for name, value in model.items() if name not in ("rope_scaling", "scoring_func", "aux_loss_alpha")}
     scaling = model["rope_scaling"]
     if scaling["type"] == "yarn":
@@ -122,6 +122,11 @@ def measure(config: dict[str, Any], setting: Setting, warmup: int, steps: int) -
     return Measurement(statistics.median(seconds[warmup:]), loss.item())
 
 
+def note(text: str) -> None:
+    """Says something on standard error; standard output is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def report(config: dict[str, Any], settings: list[Setting], warmup: int, steps: int) -> tuple[float, Setting]:
     """Measures and prints every setting; returns the fastest with its tokens a second."""
     tokens = config["train"]["micro_batch_size"] * config["train"]["sequence_length"]
@@ -130,32 +135,38 @@ def report(config: dict[str, Any], settings: list[Setting], warmup: int, steps: 
         measured = measure(config, setting, warmup, steps)
         rate = tokens / measured.seconds
         results.append((rate, setting))
-        print(f"{setting!s:58} {measured.seconds * 1e3:8.0f} ms {rate:8.0f} tokens/s   loss {measured.loss:.5f}", flush=True)
+        note(f"{setting!s:58} {measured.seconds * 1e3:8.0f} ms {rate:8.0f} tokens/s   loss {measured.loss:.5f}")
     return max(results, key=lambda result: result[0])
+
+
+def answer(config: dict[str, Any], warmup: int, steps: int, compile: bool) -> list[tuple[float, Setting]]:
+    """The fastest settings, each with its tokens a second."""
+    if missing := {"model", "train", "optimizer"} - set(config):
+        raise SystemExit(f"the configuration has no sections {', '.join(sorted(missing))}; write dsv3_jax.config.to_dict(config)")
+    settings = [Setting(attention, experts) for attention, experts in itertools.product(ATTENTION, EXPERTS)]
+    fastest = [report(config, settings, warmup, steps)]
+    if compile:
+        compiled = [Setting("sdpa", experts, compiled=True) for experts in ("eager", "grouped_mm")]
+        fastest.append(report(config, compiled, warmup, steps))
+    if config["model"]["num_nextn_predict_layers"]:
+        with_mtp = max(fastest)[1]._replace(mtp=True)
+        fastest.append(report(config, [with_mtp], warmup, steps))
+    return fastest
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config_json", type=Path, required=True, help="configuration as JSON")
     parser.add_argument("--steps", type=int, default=7, help="timed steps, of which the median counts")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="try torch.compile as well")
     args = parser.parse_args()
-    config = json.loads(args.config_json.read_text())
-    if missing := {"model", "train", "optimizer"} - set(config):
-        raise SystemExit(f"{args.config_json}: sections {', '.join(sorted(missing))} are missing; write dsv3_jax.config.to_dict(config)")
     torch.set_num_threads(args.threads)
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {args.threads} threads")
-    settings = [Setting(attention, experts) for attention, experts in itertools.product(ATTENTION, EXPERTS)]
-    fastest = [report(config, settings, args.warmup, args.steps)]
-    if args.compile:
-        compiled = [Setting("sdpa", experts, compiled=True) for experts in ("eager", "grouped_mm")]
-        fastest.append(report(config, compiled, args.warmup, args.steps))
-    if config["model"]["num_nextn_predict_layers"]:
-        with_mtp = max(fastest)[1]._replace(mtp=True)
-        fastest.append(report(config, [with_mtp], args.warmup, args.steps))
-    print(json.dumps([{"tokens_per_second": rate, "implementation": str(setting), "mtp": setting.mtp} for rate, setting in fastest]))
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, float32, {args.threads} threads", flush=True)
+    for line in sys.stdin:
+        fastest = answer(json.loads(line), args.warmup, args.steps, args.compile)
+        figures = [{"tokens_per_second": rate, "implementation": str(setting), "mtp": setting.mtp} for rate, setting in fastest]
+        print(json.dumps({"fastest": figures}), flush=True)
 
 
 if __name__ == "__main__":
