@@ -16,7 +16,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ConfigError, to_dict
 from experiments import cli
-from experiments.output import check_output, gib, table
+from experiments.output import check_outputs, gib, table
 
 CONFIG = cli.define_config()
 TOKENS = flags.DEFINE_float("tokens", None, "Tokens to train on. Without it: those of train.steps.")
@@ -48,8 +48,7 @@ def _check_flags() -> None:
         raise ConfigError("--tokens", tokens, "must be above 0, and finite")
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ConfigError("--utilisation", utilisation, "must be above 0 and at most 1")
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
 
 
 def describe(

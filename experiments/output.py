@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from dsv3_jax.config import ConfigError
 
 
@@ -22,6 +24,13 @@ def check_output(flag: str, name: str) -> None:
         raise ConfigError(flag, name, f"there is no folder {folder}; make it first")
     if Path(name).is_dir():
         raise ConfigError(flag, name, "is a folder; name a file")
+
+
+def check_outputs(*holders: flags.FlagHolder) -> None:
+    """`check_output` for flags that name a file to write, those that are set."""
+    for holder in holders:
+        if holder.value:
+            check_output(f"--{holder.name}", holder.value)
 
 
 def gib(size: float) -> str:

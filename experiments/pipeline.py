@@ -17,7 +17,7 @@ from absl import flags
 from dsv3_jax.parallel.schedules import GENERATORS, Schedule, make_schedule
 from dsv3_jax.parallel.simulate import Costs, Span, Timeline, simulate
 from experiments import cli
-from experiments.output import check_output, rendered, table
+from experiments.output import check_output, check_outputs, rendered, table
 
 P = flags.DEFINE_integer("P", 8, "Pipeline ranks.")
 M = flags.DEFINE_integer("M", 20, "Micro-batches of a step.")
@@ -53,8 +53,7 @@ def main() -> int:
     drawn = simulate(make_schedule(SCHEDULE.value, P.value, M.value), costs)
     for ending in (".png", ".svg"):
         check_output("--figure", FIGURE.value + ending)
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
     figure = draw(drawn)
     for ending in ("png", "svg"):
         write_atomically(Path(f"{FIGURE.value}.{ending}"), rendered(figure, ending))

@@ -21,7 +21,7 @@ from absl import flags
 
 from dsv3_jax.config import ConfigError
 from experiments import cli
-from experiments.output import check_output, rendered, table
+from experiments.output import check_output, check_outputs, rendered, table
 
 LOADS = flags.DEFINE_string("loads", None, "Measured loads: .npy, or the expert_load.jsonl of a run.", required=True)
 REPLICAS = flags.DEFINE_integer("replicas", 288, "Slots for experts over all GPUs, redundant ones included.")
@@ -50,8 +50,7 @@ def main() -> int:
 
     for ending in (".png", ".svg"):
         check_output("--figure", FIGURE.value + ending)
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
     load, unit = _read_loads(Path(LOADS.value)), (GROUPS.value, NODES.value, GPUS.value)
     if SHARED.value:
         load = _with_shared(load)

@@ -8,6 +8,7 @@ import pytest
 from dsv3_jax.config import from_config_dict
 from experiments.bench.train_step import time_peer
 from tests import micro_config
+from tests.test_cli import assert_refused, run
 
 # Stands for a Python with torch: says what it read of the configuration.
 PEER = """#!{python}
@@ -38,3 +39,9 @@ def test_a_peer_that_ends_instead_of_answering_is_named(tmp_path: Path, capfd: p
     with pytest.raises(RuntimeError, match=r"train_step_transformers ended with status 1; what it said is above"):
         time_peer(stand_in(tmp_path, 0), CONFIG)
     assert "AssertionError" in capfd.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed():
+    assert_refused(
+        run("bench.train_step", "--config=tests/micro_config.py", "--json=nowhere/x.json"), "--json", "there is no folder nowhere"
+    )

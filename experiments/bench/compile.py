@@ -24,7 +24,7 @@ from absl import flags
 from dsv3_jax.config import Config
 from experiments import cli
 from experiments.bench.targets import gpu_devices, read_target
-from experiments.output import check_output, gib, table
+from experiments.output import check_outputs, gib, table
 
 CONFIG = cli.define_config()
 TARGET = flags.DEFINE_string("target", None, "File that describes the GPU to compile for. Without it: a CPU.")
@@ -34,9 +34,7 @@ JSON = flags.DEFINE_string("json", None, "File to write all numbers to, unrounde
 
 def main() -> int:
     config = cli.read_config(CONFIG)
-    for name, value in (("--hlo", HLO.value), ("--json", JSON.value)):
-        if value:
-            check_output(name, value)
+    check_outputs(HLO, JSON)
     target = read_target(TARGET.value) if TARGET.value else None
     if target is not None:
         os.environ["JAX_PLATFORMS"] = "cpu"

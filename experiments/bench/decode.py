@@ -23,7 +23,7 @@ from dsv3_jax.config import Config, ConfigError, ModelConfig
 from experiments import cli
 from experiments.bench.decode_report import render, step_bytes
 from experiments.bench.peer import Peer
-from experiments.output import check_output
+from experiments.output import check_outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +45,7 @@ def main() -> int:
     longest, limit = max(context for _, context in cases) + NEW.value, config.model.max_position_embeddings
     if longest > limit:
         raise ConfigError("--context", CONTEXT.value, f"with --new_tokens the longest has {longest} tokens; the model takes {limit}")
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
     if PEER.value:  # both sides have their weights on the same device
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     figures = measure(config, cases)

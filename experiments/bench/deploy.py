@@ -20,7 +20,7 @@ from absl import flags
 from dsv3_jax.config import Config, ConfigError
 from experiments import cli
 from experiments.bench.targets import gpu_devices, read_target
-from experiments.output import check_output, gib, table
+from experiments.output import check_outputs, gib, table
 
 if TYPE_CHECKING:
     from dsv3_jax.inference.unit import Unit
@@ -44,8 +44,7 @@ JSON = flags.DEFINE_string("json", None, "File to write all numbers to, unrounde
 def main() -> int:
     config = cli.read_config(CONFIG)
     devices = NODE.value * GPU.value * TENSOR.value
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
     if not TARGET.value and config.train.compute_dtype != "float32":  # XLA has no code for some products of bf16 on a CPU
         raise ConfigError(
             "config.train.compute_dtype", config.train.compute_dtype, "a CPU is compiled for in float32; set that, or --target"

@@ -20,7 +20,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ConfigError
 from experiments import cli
-from experiments.output import check_output, table
+from experiments.output import check_outputs, table
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run whose router is priced too.")
@@ -35,9 +35,7 @@ ROUTING_FIELDS = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_gr
 
 def main() -> int:
     config = cli.read_config(CONFIG)
-    for name, value in (("--figure", FIGURE.value), ("--json", JSON.value)):
-        if value:
-            check_output(name, value)
+    check_outputs(FIGURE, JSON)
     cli.fake_devices(config.parallel.mesh.devices, only_compile=True)
     from dsv3_jax.training.metrics import write_json
 

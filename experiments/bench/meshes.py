@@ -22,7 +22,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ConfigError, check_override, from_dict, to_dict
 from experiments import cli
-from experiments.output import check_output, gib, table
+from experiments.output import check_outputs, gib, table
 
 CONFIG = cli.define_config()
 VARIANTS = flags.DEFINE_multi_string("variant", None, "NAME, or 'NAME: FIELD=VALUE FIELD=VALUE'; again for every variant.", required=True)
@@ -38,8 +38,7 @@ KERNELS = 12  # of each variant, in the table
 def main() -> int:
     config = cli.read_config(CONFIG)
     variants = dict(_variant(text, config) for text in VARIANTS.value)
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
     if HOST_DEVICES.value:
         cli.fake_devices(HOST_DEVICES.value)
     import jax

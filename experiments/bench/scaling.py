@@ -16,7 +16,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, MeshConfig
 from experiments import cli
-from experiments.output import check_output, gib, table
+from experiments.output import check_outputs, gib, table
 
 CONFIG = cli.define_config()
 HOST_DEVICES = flags.DEFINE_integer("host_devices", None, "Fake so many devices on this CPU.", lower_bound=1)
@@ -30,8 +30,7 @@ SHARED = "Fake devices share the cores of one CPU: their times are no figure of 
 
 def main() -> int:
     config = cli.read_config(CONFIG)
-    if JSON.value:
-        check_output("--json", JSON.value)
+    check_outputs(JSON)
     if HOST_DEVICES.value:
         cli.fake_devices(HOST_DEVICES.value)
     import jax

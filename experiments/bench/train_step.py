@@ -18,6 +18,7 @@ from absl import flags
 from experiments import cli
 from experiments.bench.peer import Peer
 from experiments.bench.timing import matmul_rate
+from experiments.output import check_outputs
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps; the median counts.", lower_bound=1)
@@ -29,6 +30,7 @@ def main() -> int:
     from dsv3_jax.training.metrics import write_json
 
     config = cli.read_config(CONFIG)
+    check_outputs(JSON)
     train, result = config.train, measure(config, STEPS.value)
     times = [f"{result[name] * 1e3:,.1f}" for name in ("step_seconds", "fastest_seconds", "slowest_seconds")]
     rows = [
