@@ -13,8 +13,6 @@ the description of a GPU (XLA's GpuTargetConfigProto as text), it is compiled fo
 computation are counted; that needs the `gpu` extra and no GPU.
 """
 
-import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from absl import flags
 
 from dsv3_jax.config import Config
 from experiments import cli
-from experiments.bench.targets import gpu_devices, read_target
+from experiments.bench.targets import gpu_devices, prepare
 from experiments.output import check_outputs, gib, table
 
 CONFIG = cli.define_config()
@@ -35,14 +33,9 @@ JSON = flags.DEFINE_string("json", None, "File to write all numbers to, unrounde
 def main() -> int:
     config = cli.read_config(CONFIG)
     check_outputs(HLO, JSON)
-    target = read_target(TARGET.value) if TARGET.value else None
-    if target is not None:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    else:
-        cli.fake_devices(config.parallel.mesh.devices, only_compile=True)
+    target = prepare(TARGET.value, config.parallel.mesh.devices)
     from dsv3_jax.training.metrics import write_atomically, write_json
 
-    logging.getLogger("dsv3_jax").setLevel(logging.WARNING)  # layers log what they pick, and here nothing runs
     report, text = measure(config, target)
     if HLO.value:
         write_atomically(Path(HLO.value), text.encode())

@@ -9,8 +9,6 @@ prefill. A CPU is compiled for as if it were so many devices, in float32. With -
 (GpuTargetConfigProto as text), it is compiled for GPUs, which needs the `gpu` extra and no GPU; only there exchanges are asynchronous.
 """
 
-import logging
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ from absl import flags
 
 from dsv3_jax.config import Config, ConfigError
 from experiments import cli
-from experiments.bench.targets import gpu_devices, read_target
+from experiments.bench.targets import gpu_devices, prepare
 from experiments.output import check_outputs, gib, table
 
 if TYPE_CHECKING:
@@ -49,17 +47,12 @@ def main() -> int:
         raise ConfigError(
             "config.train.compute_dtype", config.train.compute_dtype, "a CPU is compiled for in float32; set that, or --target"
         )
-    target = read_target(TARGET.value) if TARGET.value else None
-    if target:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    else:
-        cli.fake_devices(devices, only_compile=True)
+    target = prepare(TARGET.value, devices)
     from dsv3_jax.inference.unit import Unit
     from dsv3_jax.model.transformer import Execution
     from dsv3_jax.training.metrics import write_json
 
-    logging.getLogger("dsv3_jax").setLevel(logging.WARNING)  # layers log what they pick, and here nothing runs
-    described = gpu_devices(target, devices, GPU.value * TENSOR.value) if target else None
+    described = gpu_devices(target, devices, GPU.value * TENSOR.value) if target is not None else None
     sizes: dict[str, Any] = dict(
         node=NODE.value, gpu=GPU.value, tensor=TENSOR.value, dispatch=DISPATCH.value, dispatch_bound=BOUND.value, devices=described
     )

@@ -1,9 +1,12 @@
 """GPUs that are described instead of present, to compile for."""
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import ConfigError
+from experiments import cli
 
 
 def read_target(name: str) -> str:
@@ -11,6 +14,17 @@ def read_target(name: str) -> str:
     if not Path(name).is_file():
         raise ConfigError("--target", name, "no such file")
     return Path(name).read_text()
+
+
+def prepare(name: str | None, devices: int) -> str | None:
+    """Makes JAX, which must not be loaded yet, ready to compile only: for GPUs described in a file, whose text it returns, or for CPUs."""
+    target = read_target(name) if name else None
+    if target is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    else:
+        cli.fake_devices(devices, only_compile=True)
+    logging.getLogger("dsv3_jax").setLevel(logging.WARNING)  # layers log what they pick, and here nothing runs
+    return target
 
 
 def gpu_devices(description: str, devices: int = 1, a_host: int = 1) -> list[Any]:
