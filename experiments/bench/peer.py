@@ -1,5 +1,6 @@
 """Another Python, with torch and transformers and without this project, that answers questions while it runs: a line of JSON each."""
 
+import contextlib
 import json
 import subprocess
 from pathlib import Path
@@ -21,7 +22,8 @@ class Peer:
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """Its answer. Raises RuntimeError where it ended instead; what it said is on standard error."""
         assert self._process.stdin is not None
-        print(json.dumps(question), file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which shows next
+            print(json.dumps(question), file=self._process.stdin, flush=True)
         return json.loads(self._line())
 
     def leave(self) -> None:
