@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model.attention import masked_attention
-from experiments.bench import attention
+from experiments.bench import attention_peers as attention
 from tests import small
 
 MODEL = small.CONFIG.model

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import from_config_dict
-from experiments.bench.train_step import time_peer
+from experiments.bench.peer import training_rates
 from tests import micro_config
 from tests.test_cli import assert_refused, run
 
@@ -30,14 +30,14 @@ def stand_in(folder: Path, width: int) -> str:
 
 
 def test_a_peer_gets_the_configuration(tmp_path: Path):
-    (figures,) = time_peer(stand_in(tmp_path, CONFIG.model.hidden_size), CONFIG)
+    (figures,) = training_rates(stand_in(tmp_path, CONFIG.model.hidden_size), CONFIG)
     script = "experiments.bench.train_step_transformers"
     assert figures == {"tokens_per_second": CONFIG.train.sequence_length, "implementation": script, "mtp": True}
 
 
 def test_a_peer_that_ends_instead_of_answering_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     with pytest.raises(RuntimeError, match=r"train_step_transformers ended with status 1; what it said is above"):
-        time_peer(stand_in(tmp_path, 0), CONFIG)
+        training_rates(stand_in(tmp_path, 0), CONFIG)
     assert "AssertionError" in capfd.readouterr().err
 
 

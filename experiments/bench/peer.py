@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.config import Config, to_dict
+
 ROOT = Path(__file__).parents[2]  # a peer's script runs as a module: by its path, the files beside it would hide packages of their names
 
 
@@ -36,3 +38,11 @@ class Peer:
         if not line:
             raise RuntimeError(f"{self._module} ended with status {self._process.wait()}; what it said is above")
         return line.strip()
+
+
+def training_rates(python: str, config: Config) -> list[dict[str, Any]]:
+    """Figures of training transformers' model of the same configuration. Raises RuntimeError where it fails."""
+    peer = Peer(python, "experiments.bench.train_step_transformers", [])
+    fastest = peer.ask(to_dict(config))["fastest"]
+    peer.leave()
+    return fastest

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.bench.peer import Peer
+from experiments.bench.peer import training_rates
 from experiments.bench.timing import matmul_rate
 from experiments.output import check_outputs
 
@@ -46,7 +46,7 @@ def main() -> int:
         ("peak memory", f"{result['peak_memory_bytes'] / 2**30:.2f} GiB; the program's own plan {result['planned_bytes'] / 2**30:.2f} GiB"),
     ]  # fmt: skip
     if PEER.value:
-        result["peer"] = time_peer(PEER.value, config)
+        result["peer"] = training_rates(PEER.value, config)
         rows += peer_rows(result, config)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
@@ -125,16 +125,6 @@ def peer_rows(result: dict[str, Any], config: Any) -> list[tuple[str, str]]:
         ratios = f"ours {rates[True] / peer_rate:.2f}x as configured, {same_work / peer_rate:.2f}x at the same work"
         rows.append(("transformers", f"{peer_rate:,.0f} tokens/s ({figures['implementation']}); {ratios}"))
     return rows
-
-
-def time_peer(python: str, config: Any) -> list[dict[str, Any]]:
-    """Figures of transformers' model of the same configuration, from the script beside this one."""
-    from dsv3_jax.config import to_dict
-
-    peer = Peer(python, "experiments.bench.train_step_transformers", [])
-    fastest = peer.ask(to_dict(config))["fastest"]
-    peer.leave()
-    return fastest
 
 
 if __name__ == "__main__":
