@@ -11,7 +11,7 @@ What a kernel cannot take raises `NotImplementedError`. The numerical rule is in
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32
 
-from pallas_kernels.backend import use_pallas
+from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.quantize import hopper, reference
 
 BLOCK = reference.BLOCK
@@ -88,7 +88,8 @@ def swiglu_backward(
         raise ValueError(
             f"d_act: shape {d_act.shape}: has to be half as wide as hidden, {hidden.shape}; pass the gradient of the activation"
         )
-    return (hopper if use_pallas(impl) else reference).swiglu_backward(hidden, scales, gates, d_act, power_of_two, act_power_of_two)
+    arguments = hidden, scales, gates, d_act, power_of_two, act_power_of_two
+    return hopper.swiglu_backward(*arguments, sm_count()) if use_pallas(impl) else reference.swiglu_backward(*arguments)
 
 
 def retile(

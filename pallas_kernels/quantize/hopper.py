@@ -1,10 +1,11 @@
 """The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once by TMA, and every output of it is stored by TMA.
 
 A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128) and ends; several blocks share a multiprocessor,
-so that one loads while another computes. Two layouts of registers do most of the work:
+so that one loads while another computes. `swiglu_backward` fills a multiprocessor, and loops over tiles. Layouts of registers:
 
     ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
             stored as whole words
+    FEW_ROWS  the same for 32 rows: a thread has elements of one row only
     LINE    a thread has a line of its own: loads through a transposed view of the tile give it a column, so that the
             largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time
 
@@ -24,16 +25,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.quantize.reference import BLOCK, E4M3, SMALLEST_NORMAL, tile_scale
 
 Array = jax.Array
 
+QUARTERS, QUARTER = 4, BLOCK // 4  # warpgroups of `swiglu_backward`, and the rows that each has of a tile
+
 ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
-PAIRS = plgpu.Layout.WGMMA  # as ROWS, in runs of two elements
-COLUMN_PAIRS = plgpu.Layout.WGMMA_TRANSPOSED  # as PAIRS, runs of two along columns: one exchange between two lanes
+# Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
+FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 16), (8, 16), (4,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ DEFAULT = TuningConfig()
 
 def _once(f: Callable) -> Callable:
     """Traces f once for each shape, whoever calls: kernels that differ in source locations alone would all be compiled."""
-    static = {"power_of_two", "act_power_of_two", "config", "interpret"}
+    static = {"power_of_two", "act_power_of_two", "config", "sm_count", "interpret"}
     return jax.jit(f, static_argnames=tuple(name for name in inspect.signature(f).parameters if name in static))
 
 
@@ -190,7 +194,7 @@ def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values
     expert, i, j = lax.div(lax.axis_index("row"), kb), lax.rem(lax.axis_index("row"), kb), lax.axis_index("column")
     _load([(w.at[expert, _block(i), _block(j)], w_s)], loaded)
     rows = plgpu.load(w_s, layout=ROWS).astype(jnp.float32)
-    scale = tile_scale(jnp.max(jnp.max(_size(rows), axis=1)), False)  # Mosaic takes one axis at a time
+    scale = tile_scale(jnp.max(_largest(jnp.max(_key(rows), axis=1))), False)  # Mosaic takes one axis at a time
     scales[expert, i, j] = scale
     scales_t[expert, j, i] = scale
     values_s[...] = _quotient(rows, scale, (), False, LONG).astype(E4M3)
@@ -243,7 +247,7 @@ def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, inte
     values, scales, hidden_values, hidden_scales = _kernel(
         functools.partial(_swiglu_body, power_of_two=power_of_two),
         "swiglu_quantize",
-        grid=(mp // 64, blocks),
+        grid=(mp // QUARTER, blocks),
         out=dict(
             values=((m, f), E4M3),
             scales=((blocks, mp), jnp.float32),
@@ -251,13 +255,14 @@ def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, inte
             hidden_scales=((2 * blocks, mp), jnp.float32),
         ),
         scratch=dict(
-            hidden_s=_tile(hidden.dtype, 2, 64, BLOCK),
-            gates_s=plgpu.SMEM((64,), jnp.float32),
-            values_s=_tile(E4M3, 3, 64, BLOCK),
-            scales_s=plgpu.SMEM((3, 64), jnp.float32),
+            hidden_s=_tile(hidden.dtype, 2, QUARTER, BLOCK),
+            gates_s=plgpu.SMEM((QUARTER,), jnp.float32),
+            values_s=_tile(E4M3, 3, QUARTER, BLOCK),
+            scales_s=plgpu.SMEM((3, QUARTER), jnp.float32),
             loaded=plgpu.Barrier(num_arrivals=1 + len(inputs)),
         ),
         interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs)
     return values[:rows], scales, hidden_values[:rows], hidden_scales
 
@@ -265,16 +270,16 @@ def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, inte
 def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, power_of_two):
     *gates, values, scales, hidden_values, hidden_scales = refs
     i, j, blocks = lax.axis_index("row"), lax.axis_index("column"), scales.shape[0]
-    rows = pl.ds(i * 64, 64)
+    rows = pl.ds(i * QUARTER, QUARTER)
     _load(
         [(hidden.at[rows, _block(j)], hidden_s.at[0]), (hidden.at[rows, _block(blocks + j)], hidden_s.at[1])]
         + [(g.at[rows], gates_s) for g in gates],
         loaded,
     )
-    gate, up = (plgpu.load(hidden_s.at[half], layout=ROWS).astype(jnp.float32) for half in (0, 1))
+    gate, up = (plgpu.load(hidden_s.at[half], layout=FEW_ROWS).astype(jnp.float32) for half in (0, 1))
     act = gate * _sigmoid(gate) * up
     if gates:
-        act = act * lax.broadcast_in_dim(plgpu.load(gates_s, layout=ROWS.reduce(1)), act.shape, (0,))
+        act = act * lax.broadcast_in_dim(plgpu.load(gates_s, layout=FEW_ROWS.reduce(1)), act.shape, (0,))
     for slot, lines in enumerate(((act, power_of_two, COMPUTED), (gate, False, SHORT), (up, False, SHORT))):
         values_s[slot], scales_s[slot] = _quantize_lines(*lines)
     _store(
@@ -292,6 +297,7 @@ def swiglu_backward(
     d_act: Array,
     power_of_two: bool,
     act_power_of_two: bool,
+    sm_count: int,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array | None]:
     """See `pallas_kernels.quantize.swiglu_backward`."""
@@ -301,9 +307,10 @@ def swiglu_backward(
     blocks, mp = f // BLOCK, _padded(m)
     inputs = (hidden, scales, d_act) if gates is None else (hidden, scales, d_act, jnp.pad(gates, (0, mp - rows)))
     values, *others, d_gates = _kernel(
-        functools.partial(_backward_body, power_of_two=power_of_two, act_power_of_two=act_power_of_two),
+        functools.partial(_backward_body, powers=(power_of_two, power_of_two, act_power_of_two)),
         "swiglu_backward",
-        grid=(mp // BLOCK, blocks),
+        grid=(min(sm_count, mp // BLOCK * blocks),),
+        grid_names=("sm",),
         out=dict(
             values=((m, 2 * f), E4M3),
             scales=((2 * blocks, mp), jnp.float32),
@@ -314,98 +321,151 @@ def swiglu_backward(
             d_gates=((blocks, mp), jnp.float32),
         ),
         scratch=dict(
-            hidden_s=_tile(E4M3, 2, BLOCK, BLOCK),
-            hidden_scales_s=plgpu.SMEM((2, BLOCK), jnp.float32),
-            d_act_s=_tile(d_act.dtype, BLOCK, BLOCK),
-            gates_s=plgpu.SMEM((BLOCK,), jnp.float32),
-            values_s=_tile(E4M3, 2, BLOCK, BLOCK),
-            scales_s=plgpu.SMEM((2, BLOCK), jnp.float32),
-            values_t_s=_tile(E4M3, 3, 2, BLOCK, 64),
+            hidden_s=_tile(E4M3, QUARTERS, 2, QUARTER, BLOCK),
+            hidden_scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
+            d_act_s=_tile(d_act.dtype, QUARTERS, QUARTER, BLOCK),
+            gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
+            turn_s=_tile(jnp.float32, QUARTERS, QUARTER, BLOCK),
+            largest_s=plgpu.SMEM((2, 3, QUARTERS, BLOCK), jnp.int32),
+            values_s=_tile(E4M3, QUARTERS, 2, QUARTER, BLOCK),
+            scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
+            d_gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
+            values_t_s=_tile(E4M3, QUARTERS, 3, BLOCK, QUARTER),
             scales_t_s=plgpu.SMEM((3, BLOCK), jnp.float32),
-            largest_s=plgpu.SMEM((3, 2, BLOCK), jnp.float32),
-            d_gates_s=plgpu.SMEM((BLOCK,), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=2 + len(inputs)),
-            first_done=plgpu.Barrier(),
-            largest_known=plgpu.Barrier(num_arrivals=2),
-            finished=plgpu.Barrier(num_arrivals=2),
+            loaded=plgpu.Barrier(num_arrivals=2 + len(inputs), num_barriers=QUARTERS),
+            largest_known=plgpu.Barrier(num_arrivals=QUARTERS),
         ),
         interpret=interpret,
-        num_threads=2,
-        thread_name="half",
+        num_threads=QUARTERS,
+        thread_name="quarter",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs)
     return values[:rows], *others, None if gates is None else d_gates.sum(0)[:rows]
 
 
-def _backward_body(hidden, hidden_scales, d_act, *refs, power_of_two, act_power_of_two, **s):
-    """Two warpgroups with 64 rows each; for the columns they exchange the largest of their halves."""
+def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
+    """Four warpgroups with 32 rows of a tile QUARTERS, which share the largest of their columns and nothing else; then the next tile.
+
+    The next rows come in while the last are worked on. Warpgroups have no automatic barriers: `commit_smem` is one.
+    """
     *gates, values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = refs
-    i, j, blocks, half = lax.axis_index("row"), lax.axis_index("column"), d_gates.shape[0], lax.axis_index("half")
+    blocks, quarter, first, step = d_gates.shape[0], lax.axis_index("quarter"), lax.axis_index("sm"), lax.axis_size("sm")
+    tiles = values_t.shape[1] // BLOCK * blocks
+    own = {name: ref if name in _SHARED else ref.at[quarter] for name, ref in s.items()}
 
-    @pl.when(half == 0)
-    def _():
+    def place(tile):
+        i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
+        return i, (j, blocks + j), pl.ds(i * BLOCK + quarter * QUARTER, QUARTER)
+
+    def load(tile):
+        _, sides, rows = place(tile)
+        copies = [(d_act.at[rows, _block(sides[0])], own["d_act_s"])] + [(g.at[rows], own["gates_s"]) for g in gates]
+        for side, j in enumerate(sides):
+            copies += [(hidden.at[rows, _block(j)], own["hidden_s"].at[side]), (hidden_scales.at[j, rows], own["hidden_scales_s"].at[side])]
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target, own["loaded"])
+
+    def store(tile):
+        i, sides, rows = place(tile)
+        copies = [(own["d_gates_s"], d_gates.at[sides[0], rows])]
+        for side, j in enumerate(sides):
+            copies += [(own["values_s"].at[side], values.at[rows, _block(j)]), (own["scales_s"].at[side], scales.at[j, rows])]
+        targets = ((values_t, scales_t, sides[0]), (values_t, scales_t, sides[1]), (act_values_t, act_scales_t, sides[0]))
+        copies += [(own["values_t_s"].at[slot], target.at[_block(j), rows]) for slot, (target, _, j) in enumerate(targets)]
+        lines = [(s["scales_t_s"].at[slot], target.at[i, _block(j)]) for slot, (_, target, j) in enumerate(targets)]
+        _start(copies)
+        pl.when(quarter == 0)(lambda: _start(lines))
+        plgpu.commit_smem_to_gmem_group()
+
+    def run(n, _):
+        tile = first + n * step
+        plgpu.barrier_wait(own["loaded"])
+        inputs = _backward_inputs(bool(gates), own)
+        plgpu.commit_smem()
+        pl.when(tile + step < tiles)(lambda: _by_one_warp(lambda: load(tile + step)))
+        tensors, kept, d_gates_part = _gradients(*inputs, powers[2])
+        _by_one_warp(stored)
+        plgpu.commit_smem()
+        own["d_gates_s"][...] = d_gates_part
         for side in (0, 1):
-            block = side * blocks + j
-            plgpu.copy_gmem_to_smem(hidden.at[_block(i), _block(block)], s["hidden_s"].at[side], s["loaded"])
-            plgpu.copy_gmem_to_smem(hidden_scales.at[block, _block(i)], s["hidden_scales_s"].at[side], s["loaded"])
-        for source, target in [(d_act.at[_block(i), _block(j)], s["d_act_s"])] + [(g.at[_block(i)], s["gates_s"]) for g in gates]:
-            plgpu.copy_gmem_to_smem(source, target, s["loaded"])
+            own["values_s"][side], own["scales_s"][side] = _quantize_lines(tensors[side], powers[side], COMPUTED)
+        turned = (lambda: tensors[0], lambda: tensors[1], lambda: _opened(*kept))
+        _quantize_turned(turned, powers, quarter, lax.rem(n, 2), own)
+        plgpu.commit_smem()
+        _by_one_warp(lambda: store(tile))
 
-    plgpu.barrier_wait(s["loaded"])
-    tensors, d_gates_part = _gradients(pl.ds(half * 64, 64), bool(gates), act_power_of_two, s)
-    _backward_quantize(tensors, d_gates_part, half, (power_of_two, power_of_two, act_power_of_two), s)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(s["finished"])
-    plgpu.barrier_wait(s["finished"])
-
-    @pl.when(half == 0)
-    def _():
-        copies = [(s["d_gates_s"], d_gates.at[j, _block(i)])]
-        for side in (0, 1):
-            block = side * blocks + j
-            copies += [(s["values_s"].at[side], values.at[_block(i), _block(block)])]
-            copies += [(s["scales_s"].at[side], scales.at[block, _block(i)])]
-        targets = ((values_t, scales_t, j), (values_t, scales_t, blocks + j), (act_values_t, act_scales_t, j))
-        for slot, (target, target_scales, block) in enumerate(targets):
-            copies += [(s["scales_t_s"].at[slot], target_scales.at[i, _block(block)])]
-            copies += [(s["values_t_s"].at[slot, h], target.at[_block(block), pl.ds(i * BLOCK + h * 64, 64)]) for h in (0, 1)]
-        _store(copies)
+    stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
+    _by_one_warp(lambda: load(first))
+    lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
+    _by_one_warp(stored)
 
 
-def _gradients(rows: Any, gated: bool, act_power_of_two: bool, s: dict) -> tuple[tuple[Array, Array, Array], Array]:
+_SHARED = ("largest_s", "largest_known", "scales_t_s")  # of all warpgroups; each has its part of the rest
+
+
+def _by_one_warp(f: Callable) -> None:
+    """Calls f in the first warp of a warpgroup only: the others spend no instructions on its copies."""
+
+    @plgpu.warp_map
+    def _(warp):
+        pl.when(warp == 0)(f)
+
+
+def _backward_inputs(gated: bool, own: dict) -> tuple[list[Array], list[Array], Array, Array | None]:
+    """Values of gate and up, their scales, the gradient of the activation, and `gates`."""
+    by_row = FEW_ROWS.reduce(1)
+    hidden = [plgpu.load(own["hidden_s"].at[side], layout=FEW_ROWS) for side in (0, 1)]
+    scales = [plgpu.load(own["hidden_scales_s"].at[side], layout=by_row) for side in (0, 1)]
+    gates = plgpu.load(own["gates_s"], layout=by_row) if gated else None
+    return hidden, scales, plgpu.load(own["d_act_s"], layout=FEW_ROWS), gates
+
+
+def _gradients(
+    hidden: list[Array], scales: list[Array], d_act: Array, gates: Array | None, act_power_of_two: bool
+) -> tuple[tuple[Array, Array], tuple[Array, Array], Array]:
     """Gradients of gate and up, the activation as it is kept, and the sum over these columns for the gradient of `gates`."""
-    gate, up = (_dequantized(s["hidden_s"].at[side, rows], s["hidden_scales_s"].at[side, rows]) for side in (0, 1))
-    d_act = plgpu.load(s["d_act_s"].at[rows], layout=PAIRS).astype(jnp.float32)
+    parts = []
+    for first in range(0, BLOCK, 32):  # some columns after the others, or all steps of all columns are in registers at once
+        part = slice(first, first + 32)
+        gate, up = (_opened(x[:, part], scale) for x, scale in zip(hidden, scales, strict=True))
+        parts.append(_gradients_of(gate, up, d_act[:, part].astype(jnp.float32), gates))
+    *wide, d_gates = zip(*parts, strict=True)
+    d_gate, d_up, act = (jnp.concatenate(x, axis=1) for x in wide)
+    return (d_gate, d_up), _quantize_lines(act, act_power_of_two, COMPUTED), functools.reduce(jnp.add, d_gates)
+
+
+def _gradients_of(gate: Array, up: Array, d_act: Array, gates: Array | None) -> tuple[Array, Array, Array, Array]:
     sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
     d_gates = jnp.sum(d_act * act, axis=1)
-    if gated:
-        gates = lax.broadcast_in_dim(plgpu.load(s["gates_s"].at[rows], layout=PAIRS.reduce(1)), act.shape, (0,))
+    if gates is not None:
+        gates = lax.broadcast_in_dim(gates, act.shape, (0,))
         act, d_act = act * gates, d_act * gates
-    kept, scale = _quantize_lines(act, act_power_of_two, COMPUTED)
-    kept = kept.astype(jnp.float32) * lax.broadcast_in_dim(scale, act.shape, (0,))
-    return (d_act * up * (sigmoid + silu * (1.0 - sigmoid)), d_act * silu, kept), d_gates
+    return d_act * up * (sigmoid + silu * (1.0 - sigmoid)), d_act * silu, act, d_gates
 
 
-def _backward_quantize(tensors: tuple, d_gates: Array, half: Array, powers: tuple[bool, bool, bool], s: dict) -> None:
-    rows = pl.ds(half * 64, 64)
-    s["d_gates_s"][rows] = d_gates
-    for side in (0, 1):
-        s["values_s"][side, rows], s["scales_s"][side, rows] = _quantize_lines(tensors[side], powers[side], COMPUTED)
-    # A maximum over rows goes through scratch memory that Mosaic shares between warpgroups: one has to wait.
-    pl.when(half == 1)(lambda: plgpu.barrier_wait(s["first_done"]))
-    for slot, x in enumerate(tensors):
-        s["largest_s"][slot, half] = jnp.max(_size(x), axis=0)
-    pl.when(half == 0)(lambda: plgpu.barrier_arrive(s["first_done"]))
+def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Array, s: dict) -> None:
+    """128x1 tiles, turned by way of shared memory, one after the other: a thread then has 32 rows of a column.
+
+    The largest of the column's other rows are in `largest_s`; two of them take turns, since a warpgroup may be one tile ahead.
+    """
+    turned = []
+    for slot, tensor in enumerate(tensors):
+        plgpu.commit_smem()  # a barrier of the warpgroup
+        s["turn_s"][...] = tensor()
+        plgpu.commit_smem()
+        turned.append(_line(s["turn_s"].T))
+        s["largest_s"][parity, slot, quarter] = jnp.max(_key(turned[slot]), axis=1)
     plgpu.barrier_arrive(s["largest_known"])
     plgpu.barrier_wait(s["largest_known"])
-    for slot, (x, power_of_two) in enumerate(zip(tensors, powers, strict=True)):
-        top, bottom = (plgpu.load(s["largest_s"].at[slot, h], layout=PAIRS.reduce(0)) for h in (0, 1))
-        scale = tile_scale(jnp.maximum(top, bottom), power_of_two)
-        columns = plgpu.layout_cast(_quotient(x, scale, (1,), power_of_two, COMPUTED), COLUMN_PAIRS)
-        s["values_t_s"].at[slot, half].T[...] = columns.astype(E4M3)
+    turned[-1] = _line(s["turn_s"].T)  # still there, and loaded again needs no registers meanwhile
+    for slot, (x, power_of_two) in enumerate(zip(turned, powers, strict=True)):
+        keys = [plgpu.load(s["largest_s"].at[parity, slot, q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
+        scale = tile_scale(_largest(functools.reduce(jnp.maximum, keys)), power_of_two)
+        s["values_t_s"][slot] = _whole(_quotient(x, scale, (0,), power_of_two, COMPUTED).astype(E4M3))
 
-        @pl.when(half == 0)
+        @pl.when(quarter == 0)
         def _(slot=slot, scale=scale):
             s["scales_t_s"][slot] = scale
 
@@ -418,7 +478,8 @@ def _backward_quantize(tensors: tuple, d_gates: Array, half: Array, powers: tupl
 #   SHORT   bfloat16: high * (1 + rest) with 35 bits of the reciprocal. Right for every pair of x and scale (tested)
 #   LONG    float32: a product, what it lacks, and a correction, the last two as fused multiply-adds: correctly rounded
 #           whatever the reciprocal's last bits. Mosaic allows that contraction; XLA on a CPU may not make it
-#   COMPUTED float32 that has rounding errors of its own: the product
+#   COMPUTED float32 that has rounding errors of its own: the product. A subnormal number is not made zero here, which only a
+#           tile whose largest is under 6e-33 could show
 # Scales that are powers of two have exact reciprocals, and the product is right.
 SHORT, LONG, COMPUTED = "short", "long", "computed"
 
@@ -429,19 +490,25 @@ def _kind(x: Any) -> str:
 
 def _quantize_lines(x: Array, power_of_two: bool, kind: str) -> tuple[Array, Array]:
     """E4M3 values of x[lines, n] in float32, and the scale of each line."""
-    scale = tile_scale(jnp.max(_size(x), axis=1), power_of_two)
+    scale = tile_scale(_largest(jnp.max(_key(x), axis=1)), power_of_two)
     return _quotient(x, scale, (0,), power_of_two, kind).astype(E4M3), scale
 
 
-def _size(x: Array) -> Array:
-    size = jnp.abs(x)
-    return jnp.where(size <= jnp.inf, size, 0.0)  # a NaN is left out
+def _key(x: Array) -> Array:
+    """Integers in the order of |x|, NaN below zero: two instructions, where a test for NaN would take another."""
+    return _bits(x) * 2 - 0x7F000001
+
+
+def _largest(key: Array) -> Array:
+    """The magnitude that a largest `_key` stands for, 0 if that is of NaN."""
+    return _float((jnp.maximum(key, -0x7F000001) + 0x7F000001 >> 1) & 0x7FFFFFFF)
 
 
 def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str) -> Array:
     """x / scale, where `axes` of x are those of scale. An infinite scale makes zeros, and NaN of infinity."""
     spread = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=axes)
-    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
+    if kind != COMPUTED:
+        x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
     if power_of_two:
         return x * spread(_if_finite(scale, _inverse_power(scale)))
     if kind == SHORT:
@@ -481,12 +548,16 @@ def _float(bits: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
+    """1 / (1 + exp(-x)) within 4e-6 for |x| < 20, by three instructions that have no care for extremes, as a quotient has."""
+    return jnp.exp2(-jnp.log2(1.0 + jnp.exp2(x * (-1 / math.log(2)))))
 
 
 def _dequantized(values: Any, scales: Any) -> Array:
-    values = plgpu.load(values, layout=PAIRS).astype(jnp.float32)
-    return values * lax.broadcast_in_dim(plgpu.load(scales, layout=PAIRS.reduce(1)), values.shape, (0,))
+    return _opened(plgpu.load(values, layout=FEW_ROWS), plgpu.load(scales, layout=FEW_ROWS.reduce(1)))
+
+
+def _opened(values: Array, scales: Array) -> Array:
+    return values.astype(jnp.float32) * lax.broadcast_in_dim(scales, values.shape, (0,))
 
 
 # --- memory ---
@@ -523,22 +594,24 @@ def _load(copies: list[tuple[Any, Any]], loaded: Any) -> None:
     plgpu.barrier_wait(loaded)
 
 
-def _store(copies: list[tuple[Any, Any]]) -> None:
-    plgpu.commit_smem()
+def _start(copies: list[tuple[Any, Any]]) -> None:
     for source, target in copies:
         plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+
+def _store(copies: list[tuple[Any, Any]]) -> None:
+    plgpu.commit_smem()
+    _start(copies)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory has to live until it is read
 
 
-def _kernel(body: Callable, name: str, *, grid: tuple, out: dict, scratch: dict, interpret: Any, **kwargs: Any) -> Callable:
+def _kernel(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: tuple = ("row", "column"), **kwargs: Any) -> Callable:
     return plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(*shape) for shape in out.values()),
-        grid=grid,
-        grid_names=("row", "column"),
+        grid_names=grid_names,
         scratch_types=scratch,
-        interpret=interpret,
         kernel_name=name,
         **kwargs,
     )

@@ -10,12 +10,13 @@ from dsv3_jax.model.moe import expert_ffn
 from dsv3_jax.model.router import Routing
 from dsv3_jax.precision.linear import ffn, grouped_linear, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_UP, LINEAR, Recipe
-from pallas_kernels import gemm
+from pallas_kernels import gemm, quantize
 
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
-    monkeypatch.setattr(gemm, "sm_count", lambda: 2)
+    for kernels in (gemm, quantize):
+        monkeypatch.setattr(kernels, "sm_count", lambda: 2)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         yield
 
