@@ -99,7 +99,9 @@ def retile(
     _check_dtype("values", values, ("float8_e4m3fn", "bfloat16", "float16"))
     _check_rows("values", values)
     _check_scales("scales", scales, values.shape)
-    return (hopper if use_pallas(impl) else reference).retile(values, scales, power_of_two)
+    if use_pallas(impl):
+        return hopper.retile(values, scales, power_of_two, sm_count())
+    return reference.retile(values, scales, power_of_two)
 
 
 def _check_dtype(name: str, x: Array, allowed: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once by TMA, and every output of it is stored by TMA.
 
 A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128) and ends; several blocks share a multiprocessor,
-so that one loads while another computes. `swiglu_backward` fills a multiprocessor, and loops over tiles. Layouts of registers:
+so that one loads while another computes. A block of `swiglu_backward` or `retile` fills a multiprocessor, and loops over tiles.
+Layouts of registers:
 
     ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
             stored as whole words
@@ -204,36 +205,87 @@ def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values
 
 
 @_once
-def retile(values: Array, scales: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array]:
+def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, interpret: Any = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.retile`."""
     values = _eights(values)
     m, k = values.shape
     _check_width("values", k)
+    row_blocks, blocks = _padded(m) // BLOCK, pl.cdiv(k, BLOCK)
     values_t, scales_t = _kernel(
         functools.partial(_retile_body, power_of_two=power_of_two),
         "retile",
-        grid=(_padded(m) // BLOCK, pl.cdiv(k, BLOCK)),
-        out=dict(values_t=((k, _padded(m)), E4M3), scales_t=((_padded(m) // BLOCK, _padded(k)), jnp.float32)),
+        grid=(min(sm_count, pl.cdiv(row_blocks * blocks, 2)),),
+        grid_names=("sm",),
+        out=dict(values_t=((k, _padded(m)), E4M3), scales_t=((row_blocks, _padded(k)), jnp.float32)),
         scratch=dict(
-            values_s=_tile(values.dtype, BLOCK, BLOCK, width=k),
-            scales_s=plgpu.SMEM((BLOCK,), jnp.float32),
-            values_t_s=_tile(E4M3, BLOCK, BLOCK),
-            scales_t_s=plgpu.SMEM((BLOCK,), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=2),
+            values_s=_tile(values.dtype, 4, 2, QUARTER, BLOCK, width=k),
+            scales_s=plgpu.SMEM((4, 2, QUARTER), jnp.float32),
+            turn_s=_tile(jnp.float32, 4, QUARTER, BLOCK),
+            values_t_s=_tile(E4M3, 4, BLOCK, 64),
+            scales_t_s=plgpu.SMEM((4, BLOCK), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=4, num_barriers=4),
+            largest_s=plgpu.SMEM((2, 2, 2, BLOCK), jnp.int32),
+            largest_known=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ),
         interpret=interpret,
+        num_threads=4,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(values, scales)
     return values_t, scales_t[:, :k]
 
 
-def _retile_body(values, scales, values_t, scales_t, *, values_s, scales_s, values_t_s, scales_t_s, loaded, power_of_two):
-    i, j = lax.axis_index("row"), lax.axis_index("column")
-    _load([(values.at[_block(i), _block(j)], values_s), (scales.at[j, _block(i)], scales_s)], loaded)
-    columns = _line(values_s.T)
-    scale = plgpu.load(scales_s, layout=LINE(4).reduce(0))
-    columns, scales_t_s[...] = _quantize_lines(columns * lax.broadcast_in_dim(scale, columns.shape, (1,)), power_of_two, LONG)
-    values_t_s[...] = _whole(columns)
-    _store([(values_t_s, values_t.at[_block(j), _block(i)]), (scales_t_s, scales_t.at[i, _block(j)])])
+def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known, power_of_two, **s):
+    """Two pairs of warpgroups with tiles of their own; each warpgroup has 64 rows. As in `_backward_body` otherwise."""
+    warpgroup, blocks = lax.axis_index("warpgroup"), pl.cdiv(values.shape[1], BLOCK)
+    pair, half = lax.div(warpgroup, 2), lax.rem(warpgroup, 2)
+    first, step, tiles = 2 * lax.axis_index("sm") + pair, 2 * lax.axis_size("sm"), scales_t.shape[0] * blocks
+    own = {name: ref.at[warpgroup] for name, ref in s.items()}
+    largest_s, largest_known = largest_s.at[pair], largest_known.at[pair]
+
+    def place(tile):
+        i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
+        return i, j, i * BLOCK + half * 64
+
+    def load(tile):
+        _, j, row = place(tile)
+        for part in (0, 1):
+            rows = pl.ds(row + part * QUARTER, QUARTER)
+            plgpu.copy_gmem_to_smem(values.at[rows, _block(j)], own["values_s"].at[part], own["loaded"])
+            plgpu.copy_gmem_to_smem(scales.at[j, rows], own["scales_s"].at[part], own["loaded"])
+
+    def store(tile):
+        i, j, row = place(tile)
+        _start([(own["values_t_s"], values_t.at[_block(j), pl.ds(row, 64)])])
+        pl.when(half == 0)(lambda: _start([(own["scales_t_s"], scales_t.at[i, _block(j)])]))
+        plgpu.commit_smem_to_gmem_group()
+
+    def run(n, _):
+        tile, largest = first + n * step, largest_s.at[lax.rem(n, 2)]
+        plgpu.barrier_wait(own["loaded"])
+        columns = []
+        for part in (0, 1):
+            own["turn_s"][...] = _dequantized(own["values_s"].at[part], own["scales_s"].at[part])
+            plgpu.commit_smem()
+            columns.append(_line(own["turn_s"].T))
+            plgpu.commit_smem()
+        pl.when(tile + step < tiles)(lambda: _by_one_warp(lambda: load(tile + step)))
+        largest[half] = functools.reduce(jnp.maximum, [jnp.max(_key(x), axis=1) for x in columns])
+        _by_one_warp(stored)
+        plgpu.barrier_arrive(largest_known)
+        plgpu.barrier_wait(largest_known)
+        keys = [plgpu.load(largest.at[h], layout=LINE(4).reduce(1)) for h in (0, 1)]
+        scale = tile_scale(_largest(jnp.maximum(*keys)), power_of_two)
+        own["scales_t_s"][...] = scale
+        columns = [_whole(_quotient(x, scale, (0,), power_of_two, LONG).astype(E4M3)) for x in columns]
+        own["values_t_s"][...] = jnp.concatenate(columns, axis=1)
+        plgpu.commit_smem()
+        _by_one_warp(lambda: store(tile))
+
+    stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
+    pl.when(first < tiles)(lambda: _by_one_warp(lambda: load(first)))
+    lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
+    _by_one_warp(stored)
 
 
 @_once

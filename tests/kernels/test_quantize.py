@@ -19,14 +19,14 @@ class TestReference(QuantizeCases):
 class TestInterpreted(QuantizeCases):
     """The kernels as written, on a simulated GPU that reports races between threads and copies.
 
-    `swiglu_backward` has four tiles for three multiprocessors.
+    It has three multiprocessors, for kernels that loop over tiles: four tiles of `swiglu_backward`, 20 of `retile`.
     """
 
     fused = False
 
     def run(self, name, *arguments):
         gpu_callbacks.reset_gpu_interpret_mode_state()
-        if name == "swiglu_backward":
+        if name in ("swiglu_backward", "retile"):
             arguments = *arguments, 3
         out = getattr(hopper, name)(*arguments, interpret=plgpu.InterpretGPUParams(detect_races=True))
         jax.block_until_ready(out)
