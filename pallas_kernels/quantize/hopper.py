@@ -314,7 +314,7 @@ def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, inte
             loaded=plgpu.Barrier(num_arrivals=1 + len(inputs)),
         ),
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(*inputs)
     return values[:rows], scales, hidden_values[:rows], hidden_scales
 
