@@ -55,7 +55,10 @@ def filled(arguments, arrays):
     return [next(arrays) if isinstance(x, (jax.Array, np.ndarray)) else x for x in arguments]
 
 
-@pytest.mark.parametrize(("name", "shape", "dtype"), hopper.PRODUCTION)
+NARROW = ("retile", (1152, 160), "float8_e4m3fn")  # swizzles of 32 bytes
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype"), [*hopper.PRODUCTION, NARROW])
 def test_sizes_of_training_can_be_lowered(name, shape, dtype, monkeypatch):
     """Layouts, shared memory and bank conflicts are settled in lowering, which needs no GPU."""
     monkeypatch.setattr(ops, "sm_count", lambda: 132)
