@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ class TuningConfig:
     stages: int = 4
     score_slots: int = 2  # blocks of P that wait for their values
     pairs: bool = True  # two tiles of a sequence, if it has an even number, share what is read: half of the L2 traffic
-    registers: tuple[int, int, int] = (120, 176, 40)  # a thread of scores, of sums, of the producer; 512 with both of sums
+    registers: tuple[int, int, int] = (152, 168, 24)  # a thread of scores, of sums, of the producer; 512 with both of sums
 
 
 DEFAULT = TuningConfig()
@@ -186,7 +187,7 @@ def _body(
 
     @pl.when(warpgroup == _SCORES)
     def _scores() -> None:
-        plgpu.set_max_registers(of_scores, action="decrease")
+        plgpu.set_max_registers(of_scores, action="increase")
         _score(sizes, config, refs, unit)
 
     @pl.when((warpgroup != _SCORES) & (warpgroup != _PRODUCER))
@@ -211,10 +212,15 @@ def _produce(sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit) -> None
         plgpu.copy_gmem_to_smem(refs["q"].at[unit.row, queries, pl.ds(i * half, half)], refs["q_slots"].at[i], refs["asked"])
     plgpu.copy_gmem_to_smem(refs["q"].at[unit.row, queries, pl.ds(sizes.rank, sizes.rope)], refs["q_rope_slot"], refs["asked"])
 
-    def step(i: Array, _: None) -> None:
-        position = (unit.first + i) * config.block
-        # Read before the wait, so that its latency is hidden.
-        page = refs["table"][unit.row, lax.div(position, sizes.page)]
+    last = lax.max(unit.first + unit.blocks - 1, jnp.int32(0))
+
+    def page_of(i: Array) -> Array:
+        block = lax.min(unit.first + i, last)
+        return refs["table"][unit.row, lax.div(block * config.block, sizes.page)]
+
+    def step(i: Array, page: Array) -> Array:
+        # Read one block ahead, so that its latency is hidden.
+        position, following = (unit.first + i) * config.block, page_of(i + 1)
         slot = lax.rem(i, config.stages)
         here = pl.ds(page * sizes.page + lax.rem(position, sizes.page), config.block)
         pl.when(i >= config.stages)(lambda: plgpu.barrier_wait(refs["freed"].at[slot]))
@@ -223,8 +229,9 @@ def _produce(sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit) -> None
             columns = pl.ds(half_index * half, half)
             load(refs["c_kv"].at[here, columns], refs["c_slots"].at[slot, half_index])
         load(refs["k_r"].at[here], refs["r_slots"].at[slot])
+        return following
 
-    lax.fori_loop(0, unit.blocks, step, None)
+    lax.fori_loop(0, unit.blocks, step, page_of(jnp.int32(0)))
     _drain(refs["freed"], unit.blocks, config.stages)
 
 
@@ -240,26 +247,69 @@ def _drain(barriers: Any, uses: Array, number: int) -> None:
 def _score(sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit) -> None:
     """The warpgroup of scores: P and factors of every block, at the end what the sums are divided by."""
     plgpu.barrier_wait(refs["asked"])
-    limits = _limits(sizes, config, unit)
-    scale = sizes.scale * math.log2(math.e)  # powers of two are the instruction that there is
-    columns = plgpu.broadcasted_iota(jnp.int32, (TILE, config.block), 1, layout=plgpu.Layout.WGMMA)
+    softmax = functools.partial(_softmax, sizes, config, refs, unit, _limits(sizes, config, unit))
 
-    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        largest, total = carry
-        scores = _products(config, refs, lax.rem(i, config.stages))
-        seen = columns + (unit.first + i) * config.block < limits
-        scores = jnp.where(seen, scores, -jnp.inf)
-        new = jnp.maximum(largest, scores.max(axis=1) * scale)
-        known = unit.length - (unit.first + i) * config.block
-        pl.when(known < config.block)(lambda: _clear(refs["c_slots"].at[lax.rem(i, config.stages)], known))
-        p, factor = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, (0,))), jnp.exp2(largest - new)
-        _hand_over(config, refs, i, p, factor)
-        return new, total * factor + p.sum(axis=1)
+    def single(i: Array, carry: _Running) -> _Running:
+        def alone(acc: Any) -> _Running:
+            scores, known = acc[...], unit.length - (unit.first + i) * config.block
+            pl.when(known < config.block)(lambda: _clear(refs["c_slots"].at[lax.rem(i, config.stages)], known))
+            return softmax(i, scores, carry)
+
+        return _with_products(config, refs, i, alone)
+
+    def pair(half: Array, carry: _Running) -> _Running:
+        i = half * 2
+
+        def both(first: Any, second: Any) -> _Running:
+            now = softmax(i, plgpu.wgmma_accumulator_load(first, wait_n=_GROUPS), carry)
+            return softmax(i + 1, plgpu.wgmma_accumulator_load(second, wait_n=0), now)
+
+        return _with_products(config, refs, i, lambda first: _with_products(config, refs, i + 1, lambda second: both(first, second)))
 
     def constant(x: float) -> Array:
         return plgpu.layout_cast(jnp.full((TILE,), x, jnp.float32), _ROW)
 
-    largest, total = lax.fori_loop(0, unit.blocks, step, (constant(_LOWEST), constant(0.0)))
+    # The tail, where values are cleared, is done alone.
+    whole = lax.clamp(jnp.int32(0), lax.div(unit.length, config.block) - unit.first, unit.blocks)
+    pairs = lax.div(whole, 2)
+    carry = lax.fori_loop(0, pairs, pair, (constant(_LOWEST), constant(0.0)))
+    _finish(config, refs, unit, *lax.fori_loop(pairs * 2, unit.blocks, single, carry))
+
+
+_Running = tuple[Array, Array]  # the largest score so far, scaled, and the sum of exponentials below it
+_GROUPS = 3  # wgmma groups of the products of a block
+
+
+def _with_products(config: TuningConfig, refs: Any, i: Array, use: Callable[[Any], _Running]) -> _Running:
+    """Issues the products of a block; `use` gets their accumulator, to wait for."""
+    slot = lax.rem(i, config.stages)
+    plgpu.barrier_wait(refs["filled"].at[slot])
+
+    def scope(acc: Any) -> _Running:
+        for half in range(2):
+            plgpu.wgmma(acc, refs["q_slots"].at[half], refs["c_slots"].at[slot, half].T)
+        plgpu.wgmma(acc, refs["q_rope_slot"], refs["r_slots"].at[slot].T)
+        return use(acc)
+
+    return pl.run_scoped(scope, plgpu.ACC((TILE, config.block), jnp.float32))
+
+
+def _softmax(
+    sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit, limits: Array, i: Array, scores: Array, carry: _Running
+) -> _Running:
+    """Hands over P and the factor of a block."""
+    largest, total = carry
+    scale = sizes.scale * math.log2(math.e)  # powers of two are the instruction that there is
+    columns = plgpu.broadcasted_iota(jnp.int32, (TILE, config.block), 1, layout=plgpu.Layout.WGMMA)
+    scores = jnp.where(columns + (unit.first + i) * config.block < limits, scores, -jnp.inf)
+    new = jnp.maximum(largest, scores.max(axis=1) * scale)
+    p, factor = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, (0,))), jnp.exp2(largest - new)
+    _hand_over(config, refs, i, p, factor)
+    return new, total * factor + p.sum(axis=1)
+
+
+def _finish(config: TuningConfig, refs: Any, unit: _Unit, largest: Array, total: Array) -> None:
+    """What the sums are divided by, for the warpgroups of sums and for the merge."""
     _drain(refs["taken"], unit.blocks, config.score_slots)
     refs["lines"][config.score_slots] = 1.0 / jnp.maximum(total, jnp.float32(2.0**-126))
     refs["lines"][config.score_slots + 1] = largest + jnp.log(total) * math.log2(math.e)
@@ -276,18 +326,6 @@ def _limits(sizes: Sizes, config: TuningConfig, unit: _Unit) -> Array:
     for token in range(1, sizes.tokens):
         limit += jnp.where(row >= token * sizes.heads, 1, 0)
     return limit
-
-
-def _products(config: TuningConfig, refs: Any, slot: Array) -> Array:
-    plgpu.barrier_wait(refs["filled"].at[slot])
-
-    def scope(acc: Any) -> Array:
-        for i in range(2):
-            plgpu.wgmma(acc, refs["q_slots"].at[i], refs["c_slots"].at[slot, i].T)
-        plgpu.wgmma(acc, refs["q_rope_slot"], refs["r_slots"].at[slot].T)
-        return acc[...]
-
-    return pl.run_scoped(scope, plgpu.ACC((TILE, config.block), jnp.float32))
 
 
 def _hand_over(config: TuningConfig, refs: Any, i: Array, p: Array, factor: Array) -> None:

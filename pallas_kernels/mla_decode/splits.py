@@ -1,13 +1,13 @@
 """Into how many stretches the positions of every sequence are cut, so that a few long sequences keep all multiprocessors busy."""
 
-# Nanoseconds, from bytes and latencies; not measured yet.
-_STEP = 1150  # a block of 32 positions: 36 KB at a multiprocessor's share of 4.2 TB/s
-_FIXED = 6000  # a block of threads: launch, queries, output
+# Nanoseconds, fitted to the times in docs/kernels.md (H200).
+_STEP = 1450  # a block of 32 positions
+_FIXED = 5500  # a block of threads: launch, queries, output
 _MERGE = 4000  # the second operation, apart from its bytes
 _BYTES = 4200  # a nanosecond, of the whole GPU
 _POSITIONS = 32
 _WAVES = 4  # rounds over the multiprocessors; more only add to what is merged
-_LEAST = 8  # blocks of positions that are worth a block of threads
+_LEAST = 2  # blocks of positions that are worth a block of threads
 
 
 def choose(rows: int, tiles: int, rank: int, longest: int, sm_count: int) -> int:
