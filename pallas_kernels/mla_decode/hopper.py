@@ -347,9 +347,8 @@ def _sum(sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit, half: Array
             waiting, slot = lax.rem(i, config.score_slots), lax.rem(i, config.stages)
             plgpu.barrier_wait(refs["scored"].at[waiting])
             factor = plgpu.load(refs["lines"].at[waiting], layout=_ROW)
-            for acc in accs:
-                acc[...] = acc[...] * lax.broadcast_in_dim(factor, acc.shape, (0,))
-            for j, acc in enumerate(accs):
+            for j, acc in enumerate(accs):  # the second is multiplied under the product of the first
+                acc[...] = plgpu.wgmma_accumulator_load(acc, wait_n=j) * lax.broadcast_in_dim(factor, acc.shape, (0,))
                 plgpu.wgmma(acc, refs["p_slots"].at[waiting], refs["c_slots"].at[slot, half, :, pl.ds(j * quarter, quarter)])
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(refs["taken"].at[waiting])
