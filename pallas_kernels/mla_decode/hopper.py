@@ -247,11 +247,12 @@ def _drain(barriers: Any, uses: Array, number: int) -> None:
 def _score(sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit) -> None:
     """The warpgroup of scores: P and factors of every block, at the end what the sums are divided by."""
     plgpu.barrier_wait(refs["asked"])
-    softmax = functools.partial(_softmax, sizes, config, refs, unit, _limits(sizes, config, unit))
+    softmax = functools.partial(_softmax, sizes, config, refs)
 
     def single(i: Array, carry: _Running) -> _Running:
         def alone(acc: Any) -> _Running:
             scores, known = acc[...], unit.length - (unit.first + i) * config.block
+            scores = jnp.where(_visible(sizes, config, unit, i), scores, -jnp.inf)
             pl.when(known < config.block)(lambda: _clear(refs["c_slots"].at[lax.rem(i, config.stages)], known))
             return softmax(i, scores, carry)
 
@@ -269,8 +270,9 @@ def _score(sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit) -> None:
     def constant(x: float) -> Array:
         return plgpu.layout_cast(jnp.full((TILE,), x, jnp.float32), _ROW)
 
-    # The tail, where values are cleared, is done alone.
-    whole = lax.clamp(jnp.int32(0), lax.div(unit.length, config.block) - unit.first, unit.blocks)
+    # Blocks that not all queries see, or not all of, are done alone: they are masked.
+    seen_by_all = lax.max(unit.length - sizes.tokens + 1, jnp.int32(0))
+    whole = lax.clamp(jnp.int32(0), lax.div(seen_by_all, config.block) - unit.first, unit.blocks)
     pairs = lax.div(whole, 2)
     carry = lax.fori_loop(0, pairs, pair, (constant(_LOWEST), constant(0.0)))
     _finish(config, refs, unit, *lax.fori_loop(pairs * 2, unit.blocks, single, carry))
@@ -294,14 +296,10 @@ def _with_products(config: TuningConfig, refs: Any, i: Array, use: Callable[[Any
     return pl.run_scoped(scope, plgpu.ACC((TILE, config.block), jnp.float32))
 
 
-def _softmax(
-    sizes: Sizes, config: TuningConfig, refs: Any, unit: _Unit, limits: Array, i: Array, scores: Array, carry: _Running
-) -> _Running:
+def _softmax(sizes: Sizes, config: TuningConfig, refs: Any, i: Array, scores: Array, carry: _Running) -> _Running:
     """Hands over P and the factor of a block."""
     largest, total = carry
     scale = sizes.scale * math.log2(math.e)  # powers of two are the instruction that there is
-    columns = plgpu.broadcasted_iota(jnp.int32, (TILE, config.block), 1, layout=plgpu.Layout.WGMMA)
-    scores = jnp.where(columns + (unit.first + i) * config.block < limits, scores, -jnp.inf)
     new = jnp.maximum(largest, scores.max(axis=1) * scale)
     p, factor = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, (0,))), jnp.exp2(largest - new)
     _hand_over(config, refs, i, p, factor)
@@ -319,13 +317,14 @@ def _finish(config: TuningConfig, refs: Any, unit: _Unit, largest: Array, total:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _limits(sizes: Sizes, config: TuningConfig, unit: _Unit) -> Array:
-    """First position that the query of each row may not see: the last token sees all, the one before it one less."""
-    row = plgpu.broadcasted_iota(jnp.int32, (TILE, config.block), 0, layout=plgpu.Layout.WGMMA) + unit.first_query
+def _visible(sizes: Sizes, config: TuningConfig, unit: _Unit, i: Array) -> Array:
+    """Which positions of a block the query of each row may see: the last token sees all, the one before it one less."""
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (TILE, config.block), layout=plgpu.Layout.WGMMA)
+    row, position = iota(0) + unit.first_query, iota(1) + (unit.first + i) * config.block
     limit = jnp.zeros_like(row) + (unit.length - sizes.tokens + 1)
     for token in range(1, sizes.tokens):
         limit += jnp.where(row >= token * sizes.heads, 1, 0)
-    return limit
+    return position < limit
 
 
 def _hand_over(config: TuningConfig, refs: Any, i: Array, p: Array, factor: Array) -> None:

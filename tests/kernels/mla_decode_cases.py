@@ -59,7 +59,7 @@ class DecodeCases:
     problems = {  # noqa: RUF012 (cases, not state)
         "lengths around a block and a page": dict(lengths=[0, 1, 63, 64, 65, 130], tokens=1, heads=7),
         "more pages in the table than a sequence has": dict(lengths=[70, 3], tokens=1, heads=16, width=5),
-        "two tiles of queries, three tokens": dict(lengths=[3, 97], tokens=3, heads=24),
+        "two tiles of queries, three tokens": dict(lengths=[3, 128], tokens=3, heads=24),
         "fewer positions than tokens": dict(lengths=[2, 0], tokens=4, heads=5),
         "all columns": dict(lengths=[100], tokens=2, heads=8, rank=512, page=128),
     }

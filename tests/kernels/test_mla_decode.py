@@ -33,7 +33,7 @@ TUNINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tuning_gives_the_same(tuning):
-    problem = Problem([200, 33, 0], tokens=2, heads=33, seed=1)
+    problem = Problem([200, 128, 0], tokens=2, heads=33, seed=1)
     assert_near(interpreted(lambda: op.run(*problem.operands, SCALE, 1, TUNINGS[tuning])), problem.expected(), ERROR)
 
 
