@@ -4,35 +4,44 @@
 
 Routed experts under an uneven load, with the gather of their rows into blocks and the sum of what comes back, and the
 shared experts, on random data. Both policies run in one process; a large product beside them says what the machine
-does at its best.
+does at its best, and the profiler lists the kernels of one call of each.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
 from experiments.bench.timing import matmul_rate, median_seconds
+from experiments.output import table
 
 CONFIG = cli.define_config()
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs; the median counts.", lower_bound=5)
 
 
 def main() -> int:
+    from experiments.bench.trace import kernel_rows
+
     config = cli.read_config(CONFIG)
     m, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     experts = m.num_experts_per_tok + m.n_shared_experts
     flops = 3 * 2 * tokens * experts * 3 * m.hidden_size * m.moe_intermediate_size
     arguments = operands(config)
-    seconds = {}
+    seconds, kernels = {}, {}
     for policy in ("bf16", "fp8"):
-        seconds[policy] = median_seconds(layer(config, policy), *arguments, repeats=REPEATS.value)
+        run = layer(config, policy)
+        seconds[policy] = median_seconds(run, *arguments, repeats=REPEATS.value)
+        kernels[policy] = kernel_rows(partial(run, *arguments))
         print(f"{policy:<5} {seconds[policy] * 1e3:8.2f} ms  {flops / seconds[policy] / 1e12:7.1f} TFLOP/s", flush=True)
     dtype = config.train.compute_dtype
     print(
         f"FP8 is {seconds['bf16'] / seconds['fp8']:.2f} times as fast; a large product in {dtype}: {matmul_rate(dtype) / 1e12:.1f} TFLOP/s"
     )
+    for policy, rows in kernels.items():
+        if rows:
+            print("\n" + table([(policy, "ms", "of all"), *rows], "<>>"))
     return 0
 
 

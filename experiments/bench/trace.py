@@ -1,6 +1,7 @@
 """What a profiler trace of GPUs says of collectives: how long they take, and how much of that other kernels run beside."""
 
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,15 @@ def by_name(gpus: Iterable[Kernels]) -> dict[str, float]:
             kind = re.sub(r"(_\d+)+(?=_|$)", "", re.split(r"[(<]", name)[0])
             sums[kind] = sums.get(kind, 0.0) + (end - start) / len(gpus)
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def kernel_rows(run: Callable[[], Any], most: int = 24) -> list[tuple[str, str, str]]:
+    """Rows of a table: kernels of `run`, ms and share of all, the longest first and the rest in one; [] without a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        times = by_name(trace(run, Path(folder)).values())
+    total, longest = sum(times.values()), list(times.items())[:most]
+    longest.append(("others", total - sum(ms for _, ms in longest)))
+    return [(name, f"{ms:.2f}", f"{ms / total:.1%}") for name, ms in [*longest, ("all", total)]] if times else []
 
 
 def draw(gpus: dict[str, Kernels], title: str, longest: float) -> Any:

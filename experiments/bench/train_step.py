@@ -4,8 +4,9 @@
     uv run -m experiments.bench.train_step --config=configs/tiny.py --peer_python=PYTHON_WITH_TORCH
 
 Random tokens, one micro-batch a step. Utilisation is against a large matrix product timed in the same
-run. With --peer_python, a Python that has torch and transformers, transformers' model of the same
-configuration is timed on the same machine after it, and the ratio printed.
+run. On a GPU the profiler lists the kernels of one more step. With --peer_python, a Python that has
+torch and transformers, transformers' model of the same configuration is timed on the same machine after
+it, and the ratio printed.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from absl import flags
 from experiments import cli
 from experiments.bench.peer import training_rates
 from experiments.bench.timing import matmul_rate
-from experiments.output import check_outputs
+from experiments.output import check_outputs, table
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps; the median counts.", lower_bound=1)
@@ -50,6 +51,8 @@ def main() -> int:
         rows += peer_rows(result, config)
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    if result["kernels"]:
+        print("\n" + table([("kernel", "ms", "of all"), *result["kernels"]], "<>>"))
     if JSON.value:
         write_json(Path(JSON.value), result)
     return 0
@@ -67,6 +70,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     from dsv3_jax.training.optimizer import make_optimizer
     from dsv3_jax.training.state import create_state
     from dsv3_jax.training.step import Rates, make_train_step
+    from experiments.bench.trace import kernel_rows
 
     train, optimizer = config.train, make_optimizer(config.optimizer)
     state = jax.block_until_ready(jax.jit(lambda: create_state(config, optimizer))())
@@ -90,6 +94,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     if not np.isfinite(metrics.grad_norm):
         raise FloatingPointError("the timed step gave a gradient that is not finite")
     tokens_per_second = train.micro_batch_size * train.sequence_length / float(np.median(seconds))
+    kernels = kernel_rows(lambda: compiled(state, batches[0], jnp.int32(1), rates)[1])
     flops, limit = tokens_per_second * model_flops_per_token(config), matmul_rate(train.compute_dtype)
     return {
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}",
@@ -104,6 +109,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
         "matmul_flops_per_second": limit,
         "utilisation": flops / limit,
         "peak_memory_bytes": peak_memory(),
+        "kernels": kernels,
         "planned_bytes": plan.temp_size_in_bytes + plan.argument_size_in_bytes if plan else 0,
     }
 
