@@ -76,7 +76,7 @@ def _variant(text: str, config: Config) -> tuple[str, Config]:
 
 def _value(text: str) -> Any:
     try:
-        return ast.literal_eval(text.capitalize() if text.lower() in ("true", "false", "none") else text)
+        return ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
     except (ValueError, SyntaxError):  # a word
         return text
 
