@@ -8,7 +8,7 @@ FOLDER is a public checkpoint. The first line that it prints says what it is. Th
 `{"prompts": [[...]], "new_tokens": 32, "repeats": 3}`, it prints one: median seconds to the first token and between tokens, the tokens, and
 the implementation of the experts. Greedy, on a GPU where torch has one, attention sdpa, with the cache that transformers uses by default. A
 stopping criterion that never stops notes when each token is there. Every implementation of the experts is tried in every case, and the
-faster one counts, for the first token and between tokens apart.
+faster one counts, for the first token and between tokens apart; one that has no memory for the prompts is tried between tokens only.
 """
 
 import argparse
@@ -26,16 +26,22 @@ from transformers import DeepseekV3ForCausalLM, StoppingCriteriaList
 from experiments.bench.train_step_transformers import EXPERTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ONE_BY_ONE = "eager"  # of EXPERTS, the one that needs the least memory
 HOPELESS = 2.0  # an implementation this many times slower than another when both are warmed up is not timed
 
 
-def token_seconds(model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int) -> tuple[list[float], list[list[int]]]:
-    """Seconds from the start of a generation to each of its `count` tokens, and the tokens."""
+def token_seconds(
+    model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int, prefill: str, decode: str
+) -> tuple[list[float], list[list[int]]]:
+    """Seconds from the start of a generation to each of its `count` tokens, and the tokens, with two implementations of the experts."""
     seconds: list[float] = []
+    model.set_experts_implementation(prefill)
 
     def note(input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
         input_ids[:, -1].tolist()  # waits for it
         seconds.append(time.perf_counter() - started)
+        if len(seconds) == 1:
+            model.set_experts_implementation(decode)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     started = time.perf_counter()
@@ -61,12 +67,18 @@ def measure(model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int, rep
     best: dict[str, tuple[float, str]] = {"first": (float("inf"), ""), "between": (float("inf"), "")}
     tokens: list[list[int]] = []
     for experts in EXPERTS:
-        model.set_experts_implementation(experts)
-        warm, said = token_seconds(model, prompts, count)
+        prefill = experts
+        try:
+            warm, said = token_seconds(model, prompts, count, prefill, experts)
+        except torch.OutOfMemoryError:  # batched_mm copies the weights of every token's experts; one token a sequence may fit
+            torch.cuda.empty_cache()
+            prefill = ONE_BY_ONE
+            warm, said = token_seconds(model, prompts, count, prefill, experts)
         if all(time > HOPELESS * best[name][0] for name, time in zip(best, medians([warm]), strict=True)):
             continue
-        times = medians([token_seconds(model, prompts, count)[0] for _ in range(repeats)])
-        best = {name: min(best[name], (time, experts)) for name, time in zip(best, times, strict=True)}
+        times = medians([token_seconds(model, prompts, count, prefill, experts)[0] for _ in range(repeats)])
+        names = (prefill, experts)
+        best = {name: min(best[name], timed) for name, timed in zip(best, zip(times, names, strict=True), strict=True)}
         tokens = tokens or said
     implementations = ", then ".join(dict.fromkeys(experts for _, experts in best.values()))
     return {"first": best["first"][0], "between": best["between"][0], "tokens": tokens, "experts": implementations}
