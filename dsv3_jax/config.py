@@ -144,7 +144,7 @@ class PrecisionConfig:
     activation_tile: str = "1x128"  # share one FP8 scale: 1x128 | 128x128 | tensor; inputs of linear layers
     gradient_tile: str = "1x128"  # gradients of their outputs
     weight_tile: str = "128x128"
-    impl: str = "auto"  # auto (on Hopper the Pallas kernels, on a GPU cuDNN for bf16 attention) | reference | pallas
+    impl: str = "auto"  # auto (on Hopper the Pallas kernels; on a GPU a fused bf16 attention) | reference | pallas
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,26 +1,36 @@
 """Causal attention at MLA widths, behind one function that a kernel can stand in for.
 
 Queries and keys are `qk_head_dim` wide, values `v_head_dim`. `reference` is plain JAX in float32 and
-works everywhere; `cudnn` is JAX's fused kernel for bf16 on NVIDIA GPUs, which wants equal widths, so the
+works everywhere. For bf16 on NVIDIA GPUs there are two fused kernels: `tokamax`, on Hopper where that
+package is installed and its tiles fit, takes both widths as they are; `cudnn` wants equal widths, so the
 values are padded with zeros to the query width and the padding is cut off the output.
 """
 
 import functools
+import importlib.util
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.backend import is_hopper
+
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def resolve_implementation(impl: str, backend: str, dtype: str) -> str:
-    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. `pallas` asks for products only."""
+def resolve_implementation(impl: str, backend: str, dtype: str, tiles_fit: bool = True) -> str:
+    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. `pallas` asks for products only.
+
+    tiles_fit: whether widths are multiples of 64 and the length one of 128; others have not been seen to work in tokamax.
+    """
     if impl not in ("auto", "pallas"):
         return impl
-    choice = "cudnn" if backend == "gpu" and dtype in ("bfloat16", "float16") else "reference"
+    choice = "reference"
+    if backend == "gpu" and dtype in ("bfloat16", "float16"):
+        choice = "tokamax" if tiles_fit and is_hopper() and importlib.util.find_spec("tokamax") else "cudnn"
     _log.info("attention: impl=auto picked %s (backend %s, %s)", choice, backend, dtype)
     return choice
 
@@ -36,12 +46,16 @@ def attention(
 ) -> Float[Array, "b t h v"]:
     """Causal softmax attention (V3 eq. 10). With `segment_ids`, a token sees only its own segment.
 
-    impl: auto | reference | cudnn. Raises NotImplementedError where cudnn cannot take the input.
+    impl: auto | reference | tokamax | cudnn. Raises NotImplementedError for a document mask in the last two.
     """
-    chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name)
-    if chosen == "cudnn":
-        return _cudnn(q, k, v, scale, segment_ids)
-    return _causal_reference(q, k, v, scale, segment_ids)
+    tiles_fit = q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0 and v.shape[-1] % 64 == 0
+    chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, tiles_fit)
+    if chosen == "reference":
+        return _causal_reference(q, k, v, scale, segment_ids)
+    if segment_ids is not None:
+        remedy = "use precision.impl=reference or data.document_mask=False"
+        raise NotImplementedError(f"{chosen} attention has no document mask here; {remedy}")
+    return _tokamax(q, k, v, scale) if chosen == "tokamax" else _cudnn(q, k, v, scale)
 
 
 # Queries of long rows go in four pieces, each with the keys up to its end: little over half the scores
@@ -71,9 +85,20 @@ def masked_attention(
     return jnp.einsum("bhts,bshv->bthv", probabilities.astype(v.dtype), v)
 
 
-def _cudnn(q: Array, k: Array, v: Array, scale: float, segment_ids: Array | None) -> Array:
-    if segment_ids is not None:
-        raise NotImplementedError("cudnn attention has no document mask here; use precision.impl=reference or data.document_mask=False")
+@functools.cache
+def _import_tokamax() -> Any:
+    import tokamax
+
+    # It warns at every call, with a page of its arguments, that nobody has tuned it for them.
+    logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("Autotuning cache miss"))
+    return tokamax
+
+
+def _tokamax(q: Array, k: Array, v: Array, scale: float) -> Array:
+    return _import_tokamax().dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="mosaic_gpu")
+
+
+def _cudnn(q: Array, k: Array, v: Array, scale: float) -> Array:
     v_width = v.shape[-1]
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v_width)))
     out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")

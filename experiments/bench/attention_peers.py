@@ -26,9 +26,7 @@ def implementations(config: ModelConfig) -> dict[str, Attend]:
     if jax.default_backend() == "gpu":
         found["cuDNN, V padded"] = ours("cudnn")
         if importlib.util.find_spec("tokamax"):
-            import tokamax
-
-            found["tokamax"] = lambda q, k, v: tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="mosaic")
+            found["tokamax"] = ours("tokamax")
     return found
 
 

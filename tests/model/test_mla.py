@@ -100,7 +100,17 @@ def test_attention_with_cudnn_names_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "expected"), [("cpu", "bfloat16", "reference"), ("gpu", "float32", "reference"), ("gpu", "bfloat16", "cudnn")]
+    ("backend", "dtype", "hopper", "installed", "tiles_fit", "expected"),
+    [
+        ("cpu", "bfloat16", False, True, True, "reference"),
+        ("gpu", "float32", True, True, True, "reference"),
+        ("gpu", "bfloat16", False, True, True, "cudnn"),
+        ("gpu", "bfloat16", True, False, True, "cudnn"),
+        ("gpu", "bfloat16", True, True, False, "cudnn"),
+        ("gpu", "bfloat16", True, True, True, "tokamax"),
+    ],
 )
-def test_auto_picks_what_the_backend_can_run(backend, dtype, expected):
-    assert resolve_implementation("auto", backend, dtype) == expected
+def test_auto_picks_what_the_backend_can_run(monkeypatch, backend, dtype, hopper, installed, tiles_fit, expected):
+    monkeypatch.setattr("dsv3_jax.model.attention.is_hopper", lambda: hopper)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if installed else None)
+    assert resolve_implementation.__wrapped__("auto", backend, dtype, tiles_fit) == expected

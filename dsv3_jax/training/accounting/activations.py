@@ -104,7 +104,7 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
     m, in_fp8 = config.model, config.precision.policy == "fp8"
     copies = FLOAT32_BYTES * (1 if itemsize == FLOAT32_BYTES else 2) + (0 if in_fp8 else itemsize)
     heads = m.num_attention_heads
-    fused = resolve_implementation(config.precision.impl, "gpu", config.train.compute_dtype) == "cudnn"
+    fused = resolve_implementation(config.precision.impl, "gpu", config.train.compute_dtype) != "reference"
     per_score = 0 if fused else 2 * FLOAT32_BYTES + itemsize + 1
     of_norms = [m.hidden_size] * 2 + [m.kv_lora_rank] + ([m.q_lora_rank] if m.q_lora_rank else [])
     of_norms += [m.hidden_size] if not is_moe or m.n_shared_experts else []
