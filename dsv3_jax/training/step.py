@@ -50,6 +50,10 @@ class StepMetrics(NamedTuple):
     fullness: Float[Array, ""]  # of the fullest dispatch buffer; above 1: nothing was done
 
 
+# For whoever jits a train step. What remat="selective" keeps goes into a stack of all layers. Where a kernel of ours makes it, XLA:GPU
+# would call that kernel twice, once to write there and once for the layer's other uses: a whole attention and a product a layer.
+COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
 TrainStep = Callable[[TrainState, Int[Array, "micro b row"], Int[Array, ""], Rates], tuple[TrainState, StepMetrics]]
 
 

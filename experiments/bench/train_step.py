@@ -69,7 +69,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     from dsv3_jax.training.finish import peak_memory
     from dsv3_jax.training.optimizer import make_optimizer
     from dsv3_jax.training.state import create_state
-    from dsv3_jax.training.step import Rates, make_train_step
+    from dsv3_jax.training.step import COMPILER_OPTIONS, Rates, make_train_step
     from experiments.bench.trace import kernel_rows
 
     train, optimizer = config.train, make_optimizer(config.optimizer)
@@ -79,7 +79,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     rates = Rates(jnp.float32(1e-4), jnp.float32(1e-3), jnp.float32(0.3))
     step = make_train_step(config, Execution.of(config, 0), optimizer)
     started = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batches[0], jnp.int32(1), rates)
+    lowered = jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS).lower(state, batches[0], jnp.int32(1), rates)
     lower_seconds, started = time.perf_counter() - started, time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - started
