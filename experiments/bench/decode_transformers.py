@@ -76,9 +76,8 @@ def measure(model: DeepseekV3ForCausalLM, prompts: torch.Tensor, count: int, rep
             warm, said = token_seconds(model, prompts, count, prefill, experts)
         if all(time > HOPELESS * best[name][0] for name, time in zip(best, medians([warm]), strict=True)):
             continue
-        times = medians([token_seconds(model, prompts, count, prefill, experts)[0] for _ in range(repeats)])
-        names = (prefill, experts)
-        best = {name: min(best[name], timed) for name, timed in zip(best, zip(times, names, strict=True), strict=True)}
+        first, between = medians([token_seconds(model, prompts, count, prefill, experts)[0] for _ in range(repeats)])
+        best = {"first": min(best["first"], (first, prefill)), "between": min(best["between"], (between, experts))}
         tokens = tokens or said
     implementations = ", then ".join(dict.fromkeys(experts for _, experts in best.values()))
     return {"first": best["first"][0], "between": best["between"][0], "tokens": tokens, "experts": implementations}

@@ -1,40 +1,32 @@
 """Fused attention against plain JAX on a Hopper GPU: output and gradients. tokamax at the widths of MLA, cuDNN at others too."""
 
+import dataclasses
 import importlib.util
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.model.attention import attention
+from dsv3_jax.model.layers import softmax_scale
+from experiments.bench.attention_peers import draw, errors, exact_results
 from pallas_kernels.backend import is_hopper
+from tests.small import MODEL
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
 needs_tokamax = pytest.mark.skipif(not importlib.util.find_spec("tokamax"), reason="needs tokamax")
 
 
-def results(impl, operands):
-    def both(q, k, v, dy):
-        y, pull = jax.vjp(lambda *x: attention(*x, scale=q.shape[-1] ** -0.5, impl=impl), q, k, v)
-        return y, *pull(dy)
-
-    return jax.jit(both)(*operands)
-
-
 @pytest.mark.parametrize(
-    ("impl", "length", "widths"),
+    ("impl", "length", "nope", "rope"),
     [
-        pytest.param("tokamax", 4096, (192, 128), marks=needs_tokamax),
-        pytest.param("tokamax", 640, (192, 128), marks=needs_tokamax),
-        ("cudnn", 4096, (192, 128)),
-        ("cudnn", 640, (96, 64)),
-        ("cudnn", 1000, (48, 32)),
+        pytest.param("tokamax", 4096, 128, 64, marks=needs_tokamax),
+        pytest.param("tokamax", 640, 128, 64, marks=needs_tokamax),
+        ("cudnn", 4096, 128, 64),
+        ("cudnn", 640, 64, 32),
+        ("cudnn", 1000, 32, 16),
     ],
 )
-def test_output_and_gradients(impl, length, widths):
-    shapes = [(2, length, 4, width) for width in (widths[0], widths[0], widths[1], widths[1])]
-    operands = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes)]
-    with jax.default_matmul_precision("highest"):
-        exact = results("reference", [x.astype(jnp.float32) for x in operands])
-    for got, right in zip(results(impl, operands), exact, strict=True):
-        assert jnp.linalg.norm((got - right).ravel()) < 6e-3 * jnp.linalg.norm(right.ravel())
+def test_output_and_gradients(impl, length, nope, rope):
+    model = dataclasses.replace(MODEL, num_attention_heads=4, qk_nope_head_dim=nope, qk_rope_head_dim=rope, v_head_dim=nope)
+    operands = draw(model, "bfloat16", 2, length)
+    found = errors(lambda q, k, v: attention(q, k, v, scale=softmax_scale(model), impl=impl), operands, exact_results(operands, model))
+    assert all(error < 6e-3 for error in found)
