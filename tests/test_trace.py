@@ -3,10 +3,11 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from experiments.bench.trace import Kernels, both, by_name, draw, length, overlap, union
+from experiments.bench.trace import Kernels, both, by_name, draw, kernel_table, kernel_times, length, overlap, union
 from tests.test_cli import assert_refused, run
 
 
@@ -25,6 +26,16 @@ def test_a_collective_is_hidden_only_beside_what_is_none():
     assert by_name([kernels, kernels]) == {"ncclDevKernel_SendRecv": 6, "gemm": 4, "ncclDevKernel_AllGather_RING_LL": 4, "fusion": 1}
     lanes = draw({"GPU:0": kernels, "GPU:1": kernels}, "", 10).axes[0]
     assert lanes.get_xlim() == (0, 10) and [text.get_text() for text in lanes.get_yticklabels()] == ["GPU:0", "GPU:1"]
+
+
+def test_kernels_beyond_the_longest_are_in_one_row_and_all_add_up():
+    rows = [line.split() for line in kernel_table("bf16", {"gemm": 3.0, "copy": 0.75, "fusion": 0.25}, most=1).splitlines()[2:]]
+    assert rows == [["gemm", "3.00", "75.0%"], ["others", "1.00", "25.0%"], ["all", "4.00", "100.0%"]]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU to trace")
+def test_without_a_gpu_nothing_is_run_for_its_kernels():
+    assert kernel_times(lambda: pytest.fail("was run")) == {}
 
 
 @pytest.mark.slow

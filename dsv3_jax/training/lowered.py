@@ -15,7 +15,7 @@ from dsv3_jax.parallel.sharding import state_shardings
 from dsv3_jax.training.checkpoint import abstract_like
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.state import create_state
-from dsv3_jax.training.step import COMPILER_OPTIONS, Rates, make_train_step
+from dsv3_jax.training.step import Rates, jit_train_step, make_train_step
 
 
 def batch_arguments(config: Config, mesh: Mesh) -> tuple[Any, ...]:
@@ -32,5 +32,4 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     shapes = jax.eval_shape(functools.partial(create_state, config, optimizer))
     shardings = state_shardings(shapes, mesh)
     step = make_train_step(config, Execution.of(config, 0), optimizer, mesh)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=COMPILER_OPTIONS)
-    return jitted.lower(abstract_like(shapes, shardings), *batch_arguments(config, mesh))
+    return jit_train_step(step, (shardings, replicated(mesh))).lower(abstract_like(shapes, shardings), *batch_arguments(config, mesh))

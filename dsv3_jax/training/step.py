@@ -50,10 +50,6 @@ class StepMetrics(NamedTuple):
     fullness: Float[Array, ""]  # of the fullest dispatch buffer; above 1: nothing was done
 
 
-# For whoever jits a train step. What remat="selective" keeps goes into a stack of all layers. Where a kernel of ours makes it, XLA:GPU
-# would call that kernel twice, once to write there and once for the layer's other uses: a whole attention and a product a layer.
-COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
-
 TrainStep = Callable[[TrainState, Int[Array, "micro b row"], Int[Array, ""], Rates], tuple[TrainState, StepMetrics]]
 
 
@@ -72,6 +68,14 @@ def make_train_step(config: Config, execution: Execution, optimizer: optax.Gradi
         return new_state, StepMetrics(losses.main, losses.mtp, balance_loss, losses.load, grad_norm, skipped, losses.fullness)
 
     return step
+
+
+def jit_train_step(step: TrainStep, out_shardings: Any = None) -> Any:
+    """The step jitted as training runs it: in place of its state, and with no kernel twice."""
+    # What remat="selective" keeps goes into a stack of all layers. Where a kernel of ours makes it, XLA:GPU would call that kernel
+    # twice, once to write there and once for the layer's other uses: a whole attention and a product a layer.
+    options = {"xla_gpu_enable_dynamic_slice_fusion": False}
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
 
 def _make_gradients(config: Config, spread: Spread) -> Callable[..., tuple[Params, Losses]]:

@@ -29,7 +29,7 @@ from dsv3_jax.training.lowered import batch_arguments
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepPlan, plan_step
 from dsv3_jax.training.state import TrainState, create_state
-from dsv3_jax.training.step import COMPILER_OPTIONS, Rates, StepMetrics, make_eval_step, make_train_step
+from dsv3_jax.training.step import Rates, StepMetrics, jit_train_step, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
 from dsv3_jax.training.workdir import CHECKPOINT_DIR, check_continues, new_workdir
 
@@ -90,7 +90,7 @@ class Trainer:
     def _build_steps(self) -> None:
         config, shared = self.config, replicated(self.mesh)
         step = make_train_step(config, self.execution, self.optimizer, self.mesh)
-        self.train_step: Any = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, shared), compiler_options=COMPILER_OPTIONS)
+        self.train_step: Any = jit_train_step(step, (self.shardings, shared))
         self.eval_step = jax.jit(make_eval_step(config, self.execution, self.mesh), out_shardings=shared)
 
     def _restore_or_create(self) -> None:

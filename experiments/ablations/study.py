@@ -30,7 +30,7 @@ from dsv3_jax.training.metrics import write_json
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import plan_step
 from dsv3_jax.training.state import TrainState, create_state
-from dsv3_jax.training.step import COMPILER_OPTIONS, Rates, TrainStep, make_eval_step, make_train_step
+from dsv3_jax.training.step import Rates, TrainStep, jit_train_step, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
 from experiments import cli
 
@@ -216,7 +216,7 @@ def _creator(config: Config) -> Callable[[int], TrainState]:
 @functools.cache
 def _train_step(config: Config, eos_id: int) -> TrainStep:
     step = make_train_step(config, Execution.of(config, eos_id), make_optimizer(config.optimizer))
-    return jax.jit(step, donate_argnums=0, out_shardings=replicated(make_mesh(MeshConfig())), compiler_options=COMPILER_OPTIONS)
+    return jit_train_step(step, replicated(make_mesh(MeshConfig())))
 
 
 @functools.cache

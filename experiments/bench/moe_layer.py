@@ -15,14 +15,13 @@ from absl import flags
 
 from experiments import cli
 from experiments.bench.timing import matmul_rate, median_seconds
-from experiments.output import table
 
 CONFIG = cli.define_config()
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs; the median counts.", lower_bound=5)
 
 
 def main() -> int:
-    from experiments.bench.trace import kernel_rows
+    from experiments.bench.trace import kernel_table, kernel_times
 
     config = cli.read_config(CONFIG)
     m, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
@@ -33,15 +32,15 @@ def main() -> int:
     for policy in ("bf16", "fp8"):
         run = layer(config, policy)
         seconds[policy] = median_seconds(run, *arguments, repeats=REPEATS.value)
-        kernels[policy] = kernel_rows(partial(run, *arguments))
+        kernels[policy] = kernel_times(partial(run, *arguments))
         print(f"{policy:<5} {seconds[policy] * 1e3:8.2f} ms  {flops / seconds[policy] / 1e12:7.1f} TFLOP/s", flush=True)
     dtype = config.train.compute_dtype
     print(
         f"FP8 is {seconds['bf16'] / seconds['fp8']:.2f} times as fast; a large product in {dtype}: {matmul_rate(dtype) / 1e12:.1f} TFLOP/s"
     )
-    for policy, rows in kernels.items():
-        if rows:
-            print("\n" + table([(policy, "ms", "of all"), *rows], "<>>"))
+    for policy, times in kernels.items():
+        if times:
+            print("\n" + kernel_table(policy, times))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a profiler trace of GPUs says of collectives: how long they take, and how much of that other kernels run beside."""
+"""What a profiler trace of GPUs says: what kernels take, and how much of the collectives' time other kernels run beside."""
 
 import re
 import tempfile
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Float
+
+from experiments.output import table
 
 Spans = Float[np.ndarray, "n 2"]  # start and end, ms
 
@@ -105,13 +107,19 @@ def by_name(gpus: Iterable[Kernels]) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def kernel_rows(run: Callable[[], Any], most: int = 24) -> list[tuple[str, str, str]]:
-    """Rows of a table: kernels of `run`, ms and share of all, the longest first and the rest in one; [] without a GPU."""
+def kernel_times(run: Callable[[], Any]) -> dict[str, float]:
+    """`by_name` of the kernels of `run`; {} without a GPU, where it is not called."""
+    if jax.default_backend() != "gpu":
+        return {}
     with tempfile.TemporaryDirectory() as folder:
-        times = by_name(trace(run, Path(folder)).values())
+        return by_name(trace(run, Path(folder)).values())
+
+
+def kernel_table(title: str, times: dict[str, float], most: int = 24) -> str:
+    """Kernels by name, ms and share of all: the longest, the rest in one, and the sum."""
     total, longest = sum(times.values()), list(times.items())[:most]
-    longest.append(("others", total - sum(ms for _, ms in longest)))
-    return [(name, f"{ms:.2f}", f"{ms / total:.1%}") for name, ms in [*longest, ("all", total)]] if times else []
+    longest += [("others", total - sum(ms for _, ms in longest)), ("all", total)]
+    return table([(title, "ms", "of all"), *((name, f"{ms:.2f}", f"{ms / total:.1%}") for name, ms in longest)], "<>>")
 
 
 def draw(gpus: dict[str, Kernels], title: str, longest: float) -> Any:

@@ -19,7 +19,7 @@ from absl import flags
 from experiments import cli
 from experiments.bench.peer import training_rates
 from experiments.bench.timing import matmul_rate
-from experiments.output import check_outputs, table
+from experiments.output import check_outputs
 
 CONFIG = cli.define_config()
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps; the median counts.", lower_bound=1)
@@ -29,6 +29,7 @@ JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 def main() -> int:
     from dsv3_jax.training.metrics import write_json
+    from experiments.bench.trace import kernel_table
 
     config = cli.read_config(CONFIG)
     check_outputs(JSON)
@@ -52,7 +53,7 @@ def main() -> int:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     if result["kernels"]:
-        print("\n" + table([("kernel", "ms", "of all"), *result["kernels"]], "<>>"))
+        print("\n" + kernel_table("kernel", result["kernels"]))
     if JSON.value:
         write_json(Path(JSON.value), result)
     return 0
@@ -69,8 +70,8 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     from dsv3_jax.training.finish import peak_memory
     from dsv3_jax.training.optimizer import make_optimizer
     from dsv3_jax.training.state import create_state
-    from dsv3_jax.training.step import COMPILER_OPTIONS, Rates, make_train_step
-    from experiments.bench.trace import kernel_rows
+    from dsv3_jax.training.step import Rates, jit_train_step, make_train_step
+    from experiments.bench.trace import kernel_times
 
     train, optimizer = config.train, make_optimizer(config.optimizer)
     state = jax.block_until_ready(jax.jit(lambda: create_state(config, optimizer))())
@@ -79,7 +80,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     rates = Rates(jnp.float32(1e-4), jnp.float32(1e-3), jnp.float32(0.3))
     step = make_train_step(config, Execution.of(config, 0), optimizer)
     started = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS).lower(state, batches[0], jnp.int32(1), rates)
+    lowered = jit_train_step(step).lower(state, batches[0], jnp.int32(1), rates)
     lower_seconds, started = time.perf_counter() - started, time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - started
@@ -94,7 +95,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     if not np.isfinite(metrics.grad_norm):
         raise FloatingPointError("the timed step gave a gradient that is not finite")
     tokens_per_second = train.micro_batch_size * train.sequence_length / float(np.median(seconds))
-    kernels = kernel_rows(lambda: compiled(state, batches[0], jnp.int32(1), rates)[1])
+    kernels = kernel_times(lambda: compiled(state, batches[0], jnp.int32(1), rates)[1])
     flops, limit = tokens_per_second * model_flops_per_token(config), matmul_rate(train.compute_dtype)
     return {
         "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}",
