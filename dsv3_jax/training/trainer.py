@@ -164,9 +164,10 @@ class Trainer:
             if parallel.dispatch_bound is None or result.fullness <= 1:
                 return result
             bound = 2 * parallel.dispatch_bound
-            _log.warning("a dispatch buffer was %.2f times too small: made again with parallel.dispatch_bound = %g", result.fullness, bound)
+            _log.warning("a dispatch buffer was %.4g times too small: made again with parallel.dispatch_bound = %g", result.fullness, bound)
             self.config = dataclasses.replace(self.config, parallel=dataclasses.replace(parallel, dispatch_bound=bound))
             self._build_steps()
+            self.compile()
 
     def save(self) -> None:
         """Starts a checkpoint of this step."""
