@@ -271,7 +271,7 @@ def _body(kernel: _Kernel, names: list[str], *operands: Any, **scratch: Any) -> 
 
     @pl.when(warpgroup == consumers)
     def _producer() -> None:
-        plgpu.set_max_registers(32 if consumers == 3 else 40, action="decrease")
+        plgpu.set_max_registers(32 if consumers == 3 else 24, action="decrease")
 
         @plgpu.warp_map
         def _warps(warp: jax.Array) -> None:
@@ -280,7 +280,7 @@ def _body(kernel: _Kernel, names: list[str], *operands: Any, **scratch: Any) -> 
 
     @pl.when(warpgroup < consumers)
     def _consumer() -> None:
-        plgpu.set_max_registers({1: 232, 2: 232, 3: 160}[consumers], action="increase")
+        plgpu.set_max_registers({1: 240, 2: 240, 3: 160}[consumers], action="increase")
         _consume(kernel, refs, warpgroup)
 
 
@@ -465,18 +465,21 @@ def _single_step(
 ) -> tuple[jax.Array, Any]:
     c = kernel.config
     b_scales = _block_scales(kernel, refs, tile, k)
-    new = []
+    new: list[Any] = []
     for wave in range(c.waves):
         # A wait opens a basic block, which keeps ptxas from holding the partial sums of both waves at once.
         plgpu.barrier_wait(refs["filled_too" if wave else "filled"].at[slot])
         scales = _scales(kernel, refs, warpgroup, wave, slot, b_scales)
+        release = wave == c.waves - 1
+        if release and kernel.product.scales == "block":
+            _end_reads()
 
         def scope(acc: Any, wave: int = wave) -> jax.Array:
             _multiply(kernel, refs, warpgroup, wave, slot, acc)
             return acc[...]
 
         partial = pl.run_scoped(scope, _accumulator(kernel))
-        new.append(_promote(kernel, refs, slot, partial, scales, sums[wave], release=wave == c.waves - 1))
+        new.append(_promote(kernel, refs, slot, partial, scales, sums[wave], release))
     return _next(slot, c.stages), tuple(new)
 
 
@@ -489,7 +492,10 @@ def _overlapped_block(
     def ready(u: int, slot: jax.Array) -> Any:
         b_scales = _block_scales(kernel, refs, tile, first + u)
         plgpu.barrier_wait(refs["filled"].at[slot])
-        return _scales(kernel, refs, warpgroup, 0, slot, b_scales)
+        scales = _scales(kernel, refs, warpgroup, 0, slot, b_scales)
+        if kernel.product.scales == "block":
+            _end_reads()
+        return scales
 
     def retire(acc: Any, in_flight: int, slot: jax.Array, scales: Any, sums: Any) -> Any:
         partial = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
@@ -526,8 +532,6 @@ def _scales(
     """For each chunk of columns what rows of a wave's partial sums are multiplied by; scales of single columns come later."""
     rows = pl.ds(_rows_of(kernel, warpgroup, wave), _WAVE)
     a_scale = plgpu.load(refs["a_scale_slots"].at[slot, rows], layout=_ROW)
-    if kernel.product.scales == "block":
-        _end_reads()
     if b_scales is None:
         return [a_scale] * (kernel.config.block_n // kernel.chunk)
     return [a_scale * b_scale for b_scale in b_scales]
