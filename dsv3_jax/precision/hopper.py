@@ -107,8 +107,8 @@ def ffn_gradients(
 
 
 def grouped_bf16(x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners) -> Float[Array, "m n"]:
-    """The product of the BF16 policy. The kernel wants weights with the contraction last: the cast turns them."""
-    return grouped_gemm_bf16(x, kernel.astype(x.dtype).mT, owned.expert_of_tile, owned.together, _IMPL)
+    """The product of the BF16 policy, with weights as they lie: turned ones would be written anew in every pass, and for every token."""
+    return grouped_gemm_bf16(x, kernel.astype(x.dtype), owned.expert_of_tile, owned.together, _IMPL, contraction_first=True)
 
 
 def grouped_gradients_bf16(

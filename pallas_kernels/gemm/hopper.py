@@ -60,6 +60,7 @@ class Product:
     scales: Literal["block", "row", "none"] = "block"  # of b: per 128x128, per row and 128, or bfloat16 without scales
     groups: Groups = "none"
     out: str = "bfloat16"
+    weights_lie: bool = False  # b is [e, k, n], as weights are stored; of groups of rows, in bfloat16
 
     @property
     def per_group(self) -> bool:
@@ -91,9 +92,9 @@ def multiply(
     contraction  a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [steps, n]
 
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
-    use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales, and
-    operands of "contraction" are [k, m] and [k, n]. `addend`, of the shape of the output, is added to it; then m and n
-    have to be multiples of the tile.
+    use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
+    operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. `addend`, of the shape of the output,
+    is added to it; then m and n have to be multiples of the tile.
     """
     if addend is not None and (addend.shape[-2] % config.block_m or addend.shape[-1] % config.block_n):
         raise NotImplementedError(f"addend: shape {addend.shape}: has to be whole tiles of {config.block_m}x{config.block_n}")
@@ -132,17 +133,18 @@ class _Kernel:
     itemsize: int
 
     @property
-    def rows_first(self) -> bool:
-        """Whether the contraction comes first: 16-bit wgmma reads both operands of Wgrad as they lie, [tokens, columns]."""
-        return self.product.scales == "none" and self.product.groups == "contraction"
+    def turned(self) -> dict[str, bool]:
+        """Operands whose contraction comes first: 16-bit wgmma reads those of Wgrad as they lie, [tokens, columns], and weights too."""
+        both = self.product.scales == "none" and self.product.groups == "contraction"
+        return {"a": both, "b": both or self.product.weights_lie}
 
     @property
     def m(self) -> int:
-        return self.a_shape[-1 if self.rows_first else -2]
+        return self.a_shape[-1 if self.turned["a"] else -2]
 
     @property
     def n(self) -> int:
-        return self.b_shape[-1 if self.rows_first else -2]
+        return self.b_shape[-1 if self.turned["b"] else -2]
 
     @property
     def block_k(self) -> int:
@@ -150,7 +152,7 @@ class _Kernel:
 
     @property
     def k_steps(self) -> int:
-        return pl.cdiv(self.a_shape[0 if self.rows_first else -1], self.block_k)
+        return pl.cdiv(self.a_shape[0 if self.turned["a"] else -1], self.block_k)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -172,13 +174,13 @@ class _Kernel:
         """Columns stored at once: TMA wants them to divide the output's."""
         return math.gcd(self.config.store_bytes // jnp.dtype(self.product.out).itemsize, self.chunk, self.n)
 
-    def _slot(self, size: int) -> tuple[int, int]:
-        return (self.block_k, size) if self.rows_first else (size, self.block_k)
+    def _slot(self, operand: str, size: int) -> tuple[int, int]:
+        return (self.block_k, size) if self.turned[operand] else (size, self.block_k)
 
-    def window(self, start: jax.Array, size: int, k: jax.Array) -> tuple[Any, Any]:
+    def window(self, operand: str, start: jax.Array, size: int, k: jax.Array) -> tuple[Any, Any]:
         """One K step of `size` rows (columns, if those come last) of an operand."""
         at = pl.ds(start, size), pl.ds(k * self.block_k, self.block_k)
-        return at[::-1] if self.rows_first else at
+        return at[::-1] if self.turned[operand] else at
 
     def scratch(self, dtype: jnp.dtype) -> dict[str, Any]:
         c = self.config
@@ -189,8 +191,8 @@ class _Kernel:
         copies = {"none": 1, "block": 2, "row": 2}[self.product.scales]
         free: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.stages)
         scratch = dict(
-            a_slots=plgpu.SMEM((c.stages, *self._slot(c.block_m)), dtype, transforms=operand),
-            b_slots=plgpu.SMEM((c.stages, *self._slot(c.block_n)), dtype, transforms=operand),
+            a_slots=plgpu.SMEM((c.stages, *self._slot("a", c.block_m)), dtype, transforms=operand),
+            b_slots=plgpu.SMEM((c.stages, *self._slot("b", c.block_n)), dtype, transforms=operand),
             out_slots=plgpu.SMEM((c.warpgroups, c.store_slots, _WAVE, self.store_columns), out, transforms=stored),
             # The first wave also waits for b (and its row scales).
             filled=plgpu.Barrier(num_arrivals=copies * 2 if self.product.scales == "row" else copies + 1, num_barriers=c.stages),
@@ -332,7 +334,7 @@ def _copy_a(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Arr
         first = tile.row + wave * rows_of_wave
         here = pl.ds(wave * rows_of_wave, rows_of_wave)
         slots = refs["a_slots"].at[slot] if c.waves == 1 else refs["a_slots"].at[slot, here]
-        plgpu.copy_gmem_to_smem(a.at[kernel.window(first, rows_of_wave, k)], slots, filled, collective_axes=axes)
+        plgpu.copy_gmem_to_smem(a.at[kernel.window("a", first, rows_of_wave, k)], slots, filled, collective_axes=axes)
         if scales is not None:
             plgpu.copy_gmem_to_smem(scales.at[k, pl.ds(first, rows_of_wave)], refs["a_scale_slots"].at[slot, here], filled)
 
@@ -342,7 +344,7 @@ def _copy_b(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Arr
     axes = "cluster" if c.cluster == "m" else None
     b = refs["b"].at[tile.group] if kernel.product.groups in ("rows", "masked") else refs["b"]
     filled = refs["filled"].at[slot]
-    plgpu.copy_gmem_to_smem(b.at[kernel.window(tile.column, c.block_n, k)], refs["b_slots"].at[slot], filled, collective_axes=axes)
+    plgpu.copy_gmem_to_smem(b.at[kernel.window("b", tile.column, c.block_n, k)], refs["b_slots"].at[slot], filled, collective_axes=axes)
     if kernel.product.scales == "row":
         plgpu.copy_gmem_to_smem(refs["b_scales"].at[k, pl.ds(tile.column, c.block_n)], refs["b_scale_slots"].at[slot], filled)
 
@@ -384,10 +386,8 @@ def _rows_of(kernel: _Kernel, warpgroup: jax.Array, wave: int) -> jax.Array:
 def _multiply(kernel: _Kernel, refs: Any, warpgroup: jax.Array, wave: int, slot: jax.Array, acc: Any) -> None:
     rows = pl.ds(_rows_of(kernel, warpgroup, wave), _WAVE)
     a, b = refs["a_slots"], refs["b_slots"].at[slot]
-    if kernel.rows_first:
-        plgpu.wgmma(acc, a.at[slot, :, rows].T, b)
-    else:
-        plgpu.wgmma(acc, a.at[slot, rows], b.T)
+    turned = kernel.turned
+    plgpu.wgmma(acc, a.at[slot, :, rows].T if turned["a"] else a.at[slot, rows], b if turned["b"] else b.T)
 
 
 def _accumulator(kernel: _Kernel) -> Any:

@@ -72,7 +72,7 @@ def candidates(product: Product) -> tuple[Candidate, ...]:
 def sizes(product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], n_groups: int) -> tuple[int, int, int]:
     """m, n and k of one group, taking contractions as evenly spread."""
     if product.groups != "contraction":
-        return a_shape[-2], b_shape[-2], a_shape[-1]
+        return a_shape[-2], b_shape[-1 if product.weights_lie else -2], a_shape[-1]
     if product.scales == "none":
         return a_shape[-1], b_shape[-1], a_shape[0] // n_groups
     return a_shape[0], b_shape[0], a_shape[1] // n_groups

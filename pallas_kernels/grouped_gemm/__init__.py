@@ -66,16 +66,19 @@ def masked_gemm(
 
 def grouped_gemm_bf16(
     a: BFloat16[Array, "m k"],
-    b: BFloat16[Array, "e n k"],
+    b: BFloat16[Array, "e n_or_k k_or_n"],
     expert_of_tile: Int32[Array, " tiles"],
     tiles_together: int = 1,
     impl: str = "auto",
+    contraction_first: bool = False,
 ) -> BFloat16[Array, "m n"]:
-    """`grouped_gemm` of bfloat16 numbers, summed in float32."""
+    """`grouped_gemm` of bfloat16 numbers, summed in float32. `contraction_first`: b is [e, k, n], as weights are stored."""
     _check_tiles(a, expert_of_tile)
     if not use_pallas(impl):
-        return reference.grouped_gemm_bf16(a, b, expert_of_tile)
-    return hopper.grouped_gemm_bf16(a, b, expert_of_tile, tiles_together)
+        return reference.grouped_gemm_bf16(a, b, expert_of_tile, contraction_first)
+    if contraction_first and b.shape[2] % 64:
+        raise NotImplementedError(f"b: {b.shape[2]} columns: the Hopper kernel takes multiples of 64; use impl='reference'")
+    return hopper.grouped_gemm_bf16(a, b, expert_of_tile, tiles_together, contraction_first)
 
 
 def grouped_wgrad_bf16(

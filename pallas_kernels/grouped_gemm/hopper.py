@@ -26,9 +26,10 @@ def masked_gemm(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.A
     return run(Product("block", "masked"), (a, a_scales, b, b_scales, rows), b.shape[0])
 
 
-def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, tiles_together: int) -> jax.Array:
+def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, tiles_together: int, contraction_first: bool) -> jax.Array:
     """See `pallas_kernels.grouped_gemm.grouped_gemm_bf16`."""
-    return run(Product("none", "rows"), (a, None, b, None, _with_count(expert_of_tile, b)), b.shape[0], tiles_together * GROUP)
+    product = Product("none", "rows", weights_lie=contraction_first)
+    return run(product, (a, None, b, None, _with_count(expert_of_tile, b)), b.shape[0], tiles_together * GROUP)
 
 
 def grouped_wgrad_bf16(x: jax.Array, dy: jax.Array, first_tile: jax.Array) -> jax.Array:

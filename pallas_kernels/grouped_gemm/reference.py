@@ -45,15 +45,16 @@ def masked_gemm(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.A
     return jnp.where(jnp.arange(a.shape[1])[None, :, None] < rows[:, None, None], product, 0)
 
 
-def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array) -> jax.Array:
+def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, contraction_first: bool) -> jax.Array:
     """See `pallas_kernels.grouped_gemm.grouped_gemm_bf16`."""
+    weights = b if contraction_first else b.mT
 
     def tile(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         values, expert = args
-        product = jnp.matmul(values.astype(EXACT), b[expert].T.astype(EXACT), preferred_element_type=jnp.float32)
+        product = jnp.matmul(values.astype(EXACT), weights[expert].astype(EXACT), preferred_element_type=jnp.float32)
         return jnp.where(expert < b.shape[0], product, 0).astype(a.dtype)
 
-    return jax.lax.map(tile, (a.reshape(-1, TILE, a.shape[1]), expert_of_tile)).reshape(a.shape[0], b.shape[1])
+    return jax.lax.map(tile, (a.reshape(-1, TILE, a.shape[1]), expert_of_tile)).reshape(a.shape[0], weights.shape[2])
 
 
 def grouped_wgrad_bf16(x: jax.Array, dy: jax.Array, first_tile: jax.Array) -> jax.Array:

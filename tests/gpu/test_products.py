@@ -9,9 +9,9 @@ pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
 
 
 class TestSmall(ProductCases):
-    def run(self, name, *arguments):
+    def run(self, name, *arguments, **settings):
         operation = getattr(gemm, name, None) or getattr(grouped_gemm, name)
-        return jax.jit(lambda *operands: operation(*operands, impl="pallas"))(*arguments)
+        return jax.jit(lambda *operands: operation(*operands, impl="pallas", **settings))(*arguments)
 
 
 class TestFull(TestSmall):

@@ -54,7 +54,7 @@ class ProductCases:
     wgrad_shape = (128, 192)  # of an expert
     owners = ([0, 0, 2], [2], [], [0, 1, 1, 2])  # expert of each tile; the rest of 5 tiles has none
 
-    def run(self, name, *arguments):
+    def run(self, name, *arguments, **settings):
         raise NotImplementedError
 
     def test_gemm(self):
@@ -94,12 +94,14 @@ class ProductCases:
             assert not np.asarray(out[len(owners) * TILE :], np.float32).any()
             assert_near(out, self.expected(a.full, b.full, owners), BF16_ERROR)
 
-    def test_grouped_gemm_bf16(self):
+    @pytest.mark.parametrize("contraction_first", [False, True])
+    def test_grouped_gemm_bf16(self, contraction_first):
         rng = np.random.default_rng(3)
+        width = self.wgrad_shape[1] if contraction_first else self.width
         for owners in self.owners:
             tiles, experts = self.tiles(owners)
-            a, b = (jnp.asarray(rough(rng, *s), jnp.bfloat16) for s in [(5 * TILE, self.depth), (experts, self.width, self.depth)])
-            out = self.run("grouped_gemm_bf16", a, b, tiles)
+            a, b = (jnp.asarray(rough(rng, *s), jnp.bfloat16) for s in [(5 * TILE, self.depth), (experts, width, self.depth)])
+            out = self.run("grouped_gemm_bf16", a, b.mT if contraction_first else b, tiles, contraction_first=contraction_first)
             assert_near(out, self.expected(np.asarray(a, np.float32), np.asarray(b, np.float32), owners), BF16_ERROR)
 
     @pytest.mark.parametrize("added", [False, True])

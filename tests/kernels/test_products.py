@@ -18,8 +18,8 @@ def operation(name):
 
 
 class TestReference(ProductCases):
-    def run(self, name, *arguments):
-        return jax.jit(functools.partial(operation(name), impl="reference"))(*arguments)
+    def run(self, name, *arguments, **settings):
+        return jax.jit(functools.partial(operation(name), impl="reference", **settings))(*arguments)
 
 
 class TestInterpreted(ProductCases):
@@ -34,8 +34,8 @@ class TestInterpreted(ProductCases):
     def two_multiprocessors(self, monkeypatch):
         monkeypatch.setattr(gemm, "sm_count", lambda: 2)
 
-    def run(self, name, *arguments):
-        return interpreted(lambda: operation(name)(*arguments, impl="pallas"))
+    def run(self, name, *arguments, **settings):
+        return interpreted(lambda: operation(name)(*arguments, impl="pallas", **settings))
 
 
 SCHEMES = {
@@ -59,20 +59,20 @@ def test_every_scheme_gives_the_product(scheme):
 
 
 PRODUCTS = [
-    ("block", "none"),
-    ("block", "rows"),
-    ("block", "masked"),
-    ("row", "none"),
-    ("row", "contraction"),
-    ("none", "rows"),
-    ("none", "contraction"),
+    Product("block", "none"),
+    Product("block", "rows"),
+    Product("block", "masked"),
+    Product("row", "none", "float32"),
+    Product("row", "contraction", "float32"),
+    Product("none", "rows"),
+    Product("none", "rows", weights_lie=True),
+    Product("none", "contraction", "float32"),
 ]
 
 
-@pytest.mark.parametrize(("scales", "groups"), PRODUCTS)
-def test_every_candidate_can_be_lowered(scales, groups):
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_every_candidate_can_be_lowered(product):
     """Layouts and shared memory are settled in lowering, which needs no GPU."""
-    product = Product(scales, groups, "float32" if groups == "contraction" or scales == "row" else "bfloat16")
     for candidate in tiles.candidates(product):
         run = functools.partial(hopper.multiply, product, candidate.config, n_groups=8, sm_count=132)
         jax.jit(run).trace(*shapes(product, 4096, 2112, 7168, 8)).lower(lowering_platforms=("cuda",))
@@ -82,7 +82,7 @@ def shapes(product, m, n, k, e):
     dtype = jnp.bfloat16 if product.scales == "none" else jnp.float8_e4m3fn
     steps, each_a, each_b = -(-k // 128), (e,) * (product.groups == "masked"), (e,) * (product.groups in ("rows", "masked"))
     turned = product.scales == "none" and product.groups == "contraction"
-    a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, n, k))
+    a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, *((k, n) if product.weights_lie else (n, k))))
     a_scales = (steps, m) if product.scales == "row" else (*each_a, steps, -(-m // 128) * 128)
     b_scales = (steps, n) if product.scales == "row" else (*each_b, -(-n // 128), steps)
     index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1}[product.groups]
