@@ -60,7 +60,7 @@ def block_rows(pairs: int, n_experts: int, backend: str) -> int:
 
 
 def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int | None = None) -> BlockPlan:
-    """Sorts the pairs by expert (stably) and lays each expert's run out from the start of a block.
+    """Lays the pairs of each expert, in the order of the tokens, out from the start of a block.
 
     With `most`, numbers of `n_experts` and above are experts that are elsewhere, and at most so many pairs have one that is
     here: the first block is then padding, and the pairs of experts elsewhere share its first row of zeros.
@@ -69,21 +69,32 @@ def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int
     here = pairs if most is None else most
     blocks = min(here, (here + n_experts * (rows - 1)) // rows) + (most is not None)
     flat = experts.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
+    counts, place = _runs(flat, n_experts)
+    blocks_each = -(-counts // rows)
+    block_ends = (most is not None) + jnp.cumsum(blocks_each)
+    slot = ((block_ends - blocks_each) * rows)[flat] + place
+    if most is not None:
+        slot = jnp.where(flat < n_experts, slot, blocks * rows)
+    pair = jnp.full(blocks * rows, pairs, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=most is None)
+    if most is not None:
+        slot = jnp.where(slot < blocks * rows, slot, 0)
+    # The default method is a loop, whose launches are a third of those of a decoded token.
+    block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right", method="compare_all")
+    return BlockPlan(slot.reshape(experts.shape).astype(jnp.int32), pair, block_expert.astype(jnp.int32))
+
+
+_FEW_PAIRS = 256  # where comparing every pair with every other costs less than the kernels of a sort
+
+
+def _runs(flat: Int[Array, " pairs"], n_experts: int) -> tuple[Int[Array, " e"], Int[Array, " pairs"]]:
+    """How many pairs each expert has, and how many of its own come before each pair (anything for experts elsewhere)."""
+    if flat.size <= _FEW_PAIRS:
+        counts = (flat[:, None] == jnp.arange(n_experts)).sum(0)
+        return counts, jnp.tril(flat[:, None] == flat, -1).sum(1)
     counts = jnp.bincount(flat, length=n_experts)
-    block_ends = (most is not None) + jnp.cumsum(-(-counts // rows))
-    first_slot = (block_ends - (-(-counts // rows))) * rows
-    first_sorted = jnp.cumsum(counts) - counts
-    sorted_expert = flat[order]
-    slot_sorted = first_slot[sorted_expert] + jnp.arange(pairs) - first_sorted[sorted_expert]
-    if most is not None:
-        slot_sorted = jnp.where(sorted_expert < n_experts, slot_sorted, blocks * rows)
-    pair = jnp.full(blocks * rows, pairs, jnp.int32).at[slot_sorted].set(order.astype(jnp.int32), unique_indices=most is None)
-    if most is not None:
-        slot_sorted = jnp.where(slot_sorted < blocks * rows, slot_sorted, 0)
-    slot = jnp.zeros(pairs, jnp.int32).at[order].set(slot_sorted.astype(jnp.int32), unique_indices=True)
-    block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right")
-    return BlockPlan(slot.reshape(experts.shape), pair, block_expert.astype(jnp.int32))
+    order = jnp.argsort(flat, stable=True)
+    place = jnp.arange(flat.size) - (jnp.cumsum(counts) - counts)[flat[order]]
+    return counts, jnp.zeros(flat.size, place.dtype).at[order].set(place, unique_indices=True)
 
 
 def rows_of_gates(gates: Float[Array, "n k"], plan: BlockPlan) -> Float[Array, " rows"]:

@@ -96,7 +96,7 @@ def grouped_wgrad_bf16(
 
 def first_tiles(expert_of_tile: Int32[Array, " tiles"], n_experts: int) -> Int32[Array, " e_plus_1"]:
     """Where each expert's tiles start, and where the last one's end."""
-    return jnp.searchsorted(expert_of_tile, jnp.arange(n_experts + 1)).astype(jnp.int32)
+    return jnp.searchsorted(expert_of_tile, jnp.arange(n_experts + 1), method="compare_all").astype(jnp.int32)
 
 
 def _check_tiles(a: Array, expert_of_tile: Array) -> None:

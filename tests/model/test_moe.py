@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv3_jax.model import moe
 from dsv3_jax.model.moe import block_rows, expert_ffn, plan_blocks
 from dsv3_jax.model.router import Routing
 from dsv3_jax.precision.rows import combine, dispatch
@@ -64,6 +65,15 @@ def test_plan_drops_nothing(n, k, e, rows, seed):
     assert (pair < n * k).sum() == n * k  # and all other rows are padding
     np.testing.assert_array_equal(block_expert[slot // rows], experts)
     assert (np.diff(block_expert) >= 0).all()
+
+
+@pytest.mark.parametrize("most", [None, 90])
+def test_few_pairs_are_planned_as_many_are(most, monkeypatch):
+    experts = jnp.asarray(np.random.default_rng(0).integers(0, 7 if most else 5, (30, 4)))  # 5 and 6 are elsewhere
+    compared = plan_blocks(experts, 5, 8, most)
+    monkeypatch.setattr(moe, "_FEW_PAIRS", 0)
+    for few, many in zip(compared, plan_blocks(experts, 5, 8, most), strict=True):
+        np.testing.assert_array_equal(few, many)
 
 
 def test_dispatch_and_combine_are_each_others_transpose():
