@@ -197,12 +197,14 @@ def generate(
     rest = (Draws(key, Sampling(temperature, top_p)), config, execution)
     ends = jnp.asarray(lengths)
     tokens, cache = prefill(params, bias, jnp.asarray(padded), ends, cache, *rest)
-    for number in range(1, max_new_tokens):
-        # The next step is on its way before this token is looked at: the device does not wait for the host.
-        following, cache = decode_step(params, bias, tokens, ends, number, cache, *rest)
-        yield np.asarray(tokens)
-        tokens = following
     yield np.asarray(tokens)
+    for number in range(1, max_new_tokens):
+        following, cache = decode_step(params, bias, tokens, ends, number, cache, *rest)
+        if number > 1:  # the next step is on its way before this token is looked at: the device does not wait for the host
+            yield np.asarray(tokens)
+        tokens = following
+    if max_new_tokens > 1:
+        yield np.asarray(tokens)
 
 
 def pad_prompts(

@@ -80,7 +80,9 @@ def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int
         slot = jnp.where(slot < blocks * rows, slot, 0)
     # The default method is a loop, whose launches are a third of those of a decoded token.
     block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right", method="compare_all")
-    return BlockPlan(slot.reshape(experts.shape).astype(jnp.int32), pair, block_expert.astype(jnp.int32))
+    # Behind a barrier, or XLA computes slots anew for every number that is gathered by them.
+    slot, block_expert = jax.lax.optimization_barrier((slot.astype(jnp.int32), block_expert.astype(jnp.int32)))
+    return BlockPlan(slot.reshape(experts.shape), pair, block_expert)
 
 
 _FEW_PAIRS = 256  # where comparing every pair with every other costs less than the kernels of a sort
