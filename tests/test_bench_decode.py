@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.training.accounting import count_parameters
-from experiments.bench.decode_report import equal_share, step_bytes
+from experiments.bench.decode_report import equal_share, generation_seconds, step_bytes
 from tests.small import MODEL
 from tests.test_cli import TINY, assert_refused, run
 
@@ -34,6 +34,7 @@ def test_rates_follow_from_the_times_and_a_peer_gets_the_same_weights_and_prompt
     assert case["prefill_tokens_per_second"] == pytest.approx(2 * 16 / case["first_token_seconds"])
     assert case["decode_tokens_per_second"] == pytest.approx(2 / case["between_tokens_seconds"])
     assert theirs["decode_tokens_per_second"] == 2 / 0.25 and np.shape(theirs["tokens"]) == np.shape(case["tokens"]) == (2, 3)
+    assert generation_seconds(theirs) == 0.5 + 2 * 0.25 and f"{1 / generation_seconds(case):.2f}x" in done.stdout.splitlines()[-1]
     assert case["of_memory_limit"] > 0 and " 0.0%" in done.stdout.splitlines()[-1]  # no token is the same
 
 

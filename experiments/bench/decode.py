@@ -7,8 +7,8 @@ Random weights and random prompts of equal length, greedy. Each token is fetched
 time to the first token is the prefill with the choice of the token; compilation is apart. The limit of the memory is what a step
 cannot avoid to read, the weights that work on the batch and its latents, at the speed of a copy timed in the same run.
 With --peer_python, a Python that has torch and transformers, the weights are exported as a public checkpoint, and `generate` of
-transformers is timed on them and on the same prompts, case by case after ours; then the table has the ratios, and the share of
-tokens on which both agree.
+transformers is timed on them and on the same prompts, case by case after ours; then the table has the ratios, that of a
+whole generation too, and the share of tokens on which both agree.
 """
 
 import os

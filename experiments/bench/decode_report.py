@@ -39,12 +39,19 @@ def _times(figures: dict[str, Any]) -> str:
 
 
 def _ratios(figures: dict[str, Any]) -> str:
-    rows = [("ours / transformers", "batch", "context", "prefill", "decode", "equal tokens", "experts of transformers")]
+    rows = [("ours / transformers", "batch", "context", "prefill", "decode", "generation", "equal tokens", "experts of transformers")]
     for ours, theirs in zip(figures["ours"], figures["transformers"], strict=True):
         ratios = (f"{ours[name] / theirs[name]:.2f}x" for name in ("prefill_tokens_per_second", "decode_tokens_per_second"))
+        whole = f"{generation_seconds(theirs) / generation_seconds(ours):.2f}x"
         equal = f"{equal_share(ours['tokens'], theirs['tokens']):.1%}"
-        rows.append(("", f"{ours['batch']}", f"{ours['context']}", *ratios, equal, theirs["experts"]))
-    return table(rows, "<>>>>><")
+        rows.append(("", f"{ours['batch']}", f"{ours['context']}", *ratios, whole, equal, theirs["experts"]))
+    return table(rows, "<>>>>>><")
+
+
+def generation_seconds(case: dict[str, Any]) -> float:
+    """Time from the prompts to their last new token."""
+    new_tokens = len(case["tokens"][0])
+    return case["first_token_seconds"] + (new_tokens - 1) * case["between_tokens_seconds"]
 
 
 def equal_share(ours: list[list[int]], theirs: list[list[int]]) -> float:

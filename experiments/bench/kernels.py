@@ -1,20 +1,23 @@
-"""Speed of the products for Hopper at the sizes of DeepSeek-V3, with their error, beside XLA's and, where installed, PyTorch's.
+"""Speed of the products for Hopper at the sizes of DeepSeek-V3, with their error, beside XLA's, and DeepGEMM's and PyTorch's if installed.
 
     uv run -m experiments.bench.kernels
 
 Times are those of the kernel alone, from CUPTI: medians of calls with a cold L2 (a large buffer is written before each)
 and of calls back to back. Random operands. The error is relative, by Frobenius norm, against a float32 product of the
-dequantized operands, on the first rows. PyTorch's block-scaled product (cuBLASLt, the same scales) is timed by events after
-a flush of L2. Needs a Hopper GPU.
+dequantized operands, on the first rows. DeepGEMM is timed in the same way, in a process of its own. PyTorch's block-scaled product
+(cuBLASLt, the same scales) is timed by events after a flush of L2. Needs a Hopper GPU.
 """
 
 import dataclasses
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
+from experiments.bench.peer import Peer
 from experiments.bench.timing import draw, kernel_seconds, require_hopper
 
 ONLY = flags.DEFINE_string("only", "", "Time only rows whose name holds this.")
@@ -36,14 +39,19 @@ class Row:
     flops: int
     owners: Any = None  # a last operand: which expert owns each 128 rows
     exact: bool = False  # whether the error is to be computed
+    question: dict[str, Any] | None = None  # the same product, put to DeepGEMM
 
 
 def main() -> int:
     require_hopper()
     print(f"{'product':<44} {'cold':>7} {'back to back':>13} TFLOP/s  {'cold us':>9}  error", flush=True)
-    for row in rows():
+    table = rows()
+    for row in table:
         if ONLY.value in row.name:
             print(line(row), flush=True)
+    if importlib.util.find_spec("deep_gemm"):
+        for text in deep_gemm_lines(table):
+            print(text, flush=True)
     for m, n, k in DENSE:
         if ONLY.value in f"PyTorch {m},{n},{k}":
             print(f"{f'PyTorch, block-scaled {m},{n},{k}':<44} {torch_rate(m, n, k)}", flush=True)
@@ -63,33 +71,38 @@ def rows() -> list[Row]:
     for m, n, k in DENSE:
         scales, mp = -(-k // 128), -(-m // 128) * 128
         shapes = ((m, k), f8), ((scales, mp), f32), ((n, k), f8), ((-(-n // 128), scales), f32)
-        table.append(Row(f"gemm {m},{n},{k}", gemm.gemm, shapes, 2 * m * n * k, exact=True))
+        question = {"kind": "dense", "m": m, "n": n, "k": k}
+        table.append(Row(f"gemm {m},{n},{k}", gemm.gemm, shapes, 2 * m * n * k, exact=True, question=question))
         table.append(Row(f"XLA bfloat16 {m},{n},{k}", lambda a, b: a @ b.T, (((m, k), bf16), ((n, k), bf16)), 2 * m * n * k))
         whole = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=bf16)  # noqa: E731
         table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k))
     for m, n, k in WGRAD:
         shapes = ((m, k), f8), ((k // 128, m), f32), ((n, k), f8), ((k // 128, n), f32)
         table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k))
-        table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, (*shapes, ((m, n), f32)), 2 * m * n * k))
+        question = {"kind": "wgrad", "m": m, "n": n, "k": k}
+        table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, (*shapes, ((m, n), f32)), 2 * m * n * k, question=question))
     for e, each in GROUPS:
         for n, k in EXPERT:
             m, together, owners = e * each, each // 128, jnp.repeat(jnp.arange(e, dtype=jnp.int32), each // 128)
             shapes = ((m, k), f8), ((k // 128, m), f32), ((e, n, k), f8), ((e, -(-n // 128), k // 128), f32)
             grouped = lambda a, sa, b, sb, owner, t=together: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, t)  # noqa: E731
             half = lambda a, b, owner, t=together: grouped_gemm.grouped_gemm_bf16(a, b, owner, t)  # noqa: E731
-            table.append(Row(f"grouped {e} x {each},{n},{k}", grouped, shapes, 2 * m * n * k, owners))
+            question = {"kind": "grouped", "owners": owners.tolist(), "groups": e, "n": n, "k": k}
+            table.append(Row(f"grouped {e} x {each},{n},{k}", grouped, shapes, 2 * m * n * k, owners, question=question))
             table.append(Row(f"grouped bfloat16 {e} x {each},{n},{k}", half, (((m, k), bf16), ((e, n, k), bf16)), 2 * m * n * k, owners))
     owners = _uneven(256)
     for n, k in EXPERT:
         m = 128 * len(owners)
         shapes = ((m, k), f8), ((k // 128, m), f32), ((UNEVEN, n, k), f8), ((UNEVEN, -(-n // 128), k // 128), f32)
         uneven = lambda a, sa, b, sb, owner: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, 1)  # noqa: E731
-        table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, owners))
+        question = {"kind": "grouped", "owners": owners.tolist(), "groups": UNEVEN, "n": n, "k": k}
+        table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, owners, question=question))
     e, m, n, k = 4, 4096, 7168, 8192
     shapes = ((m, e * k), f8), ((e * k // 128, m), f32), ((n, e * k), f8), ((e * k // 128, n), f32)
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
     run = lambda a, sa, b, sb: grouped_gemm.grouped_wgrad(a, sa, b, sb, first)  # noqa: E731
-    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, 2 * e * m * n * k)]
+    question = {"kind": "grouped wgrad", "groups": e, "m": m, "n": n, "k": k}
+    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, 2 * e * m * n * k, question=question)]
 
 
 def _uneven(tiles: int) -> Any:
@@ -99,6 +112,30 @@ def _uneven(tiles: int) -> Any:
 
     popularity = -1.2 * jnp.log1p(jnp.arange(UNEVEN))
     return jnp.sort(jax.random.categorical(jax.random.key(0), popularity, shape=(tiles,))).astype(jnp.int32)
+
+
+def deep_gemm_lines(table: Iterable[Row]) -> Iterator[str]:
+    """Lines of the products that DeepGEMM has too, as they come; it ends where one fails, and the next is put to another process."""
+    peer = None
+    for row in table:
+        name = f"DeepGEMM {row.name.removeprefix('gemm ')}"
+        if row.question is None or ONLY.value not in name:
+            continue
+        try:
+            peer = peer or Peer(sys.executable, "experiments.bench.kernels_deep_gemm", [])
+            found = peer.ask(row.question)
+        except RuntimeError as reason:
+            found = {"refused": reason}
+        if "refused" in found:
+            if peer:
+                peer.leave()
+            peer = None
+            yield f"{name:<44} not run: {found['refused']}"
+        else:
+            several = f", {found['kernels']} kernels a call" if found["kernels"] > 1 else ""
+            yield figures(name, row.flops, found["cold"], found["warm"], f"{found['error']:.2e}{several}")
+    if peer:
+        peer.leave()
 
 
 def torch_rate(m: int, n: int, k: int) -> str:
@@ -133,8 +170,13 @@ def line(row: Row) -> str:
         operands.append(row.owners)
     run = jax.jit(row.run)
     cold, warm = (kernel_seconds(run, operands, clear) for clear in (True, False))
-    rate = [row.flops / seconds / 1e12 for seconds in (cold, warm)]
-    return f"{row.name:<44} {rate[0]:>7.0f} {rate[1]:>13.0f}          {cold * 1e6:>9.1f}  {error(run, operands) if row.exact else ''}"
+    return figures(row.name, row.flops, cold, warm, error(run, operands) if row.exact else "")
+
+
+def figures(name: str, flops: int, cold: float, warm: float, remark: str) -> str:
+    """A line of the table; the times in seconds."""
+    rate = [flops / seconds / 1e12 for seconds in (cold, warm)]
+    return f"{name:<44} {rate[0]:>7.0f} {rate[1]:>13.0f}          {cold * 1e6:>9.1f}  {remark}"
 
 
 def error(run: Callable[..., Any], operands: list[Any], rows_checked: int = 256) -> str:

@@ -1,4 +1,4 @@
-"""Another Python, with torch and transformers and without this project, that answers questions while it runs: a line of JSON each."""
+"""Another process, of an interpreter that has torch and a peer, that answers questions while it runs: a line of JSON each."""
 
 import contextlib
 import json
