@@ -275,14 +275,17 @@ def generate_speculatively(
     if drafts < 1 or not config.num_nextn_predict_layers:
         raise ValueError(f"{drafts} drafts, {config.num_nextn_predict_layers} MTP modules: speculation needs one of each at least")
     padded, lengths = pad_prompts(prompts, max_new_tokens, config)
-    # A round may write `drafts` slots beyond the last token, and one slot more is nobody's.
-    slots, b = bucket(int(lengths.max()) + max_new_tokens + drafts + 1), len(prompts)
+    # A round may write `drafts` slots beyond the last token, one round more than is needed may run, and one slot more is nobody's.
+    slots, b = bucket(int(lengths.max()) + max_new_tokens + 2 * drafts + 2), len(prompts)
     draws = (jax.random.bits(key, (b,), "uint32"), Sampling(*np.full((2, b), [[temperature], [top_p]], np.float32)))
     first, state = start(params, bias, padded, lengths, slots, *draws, config, execution, drafts)
     yield Round([[token] for token in np.asarray(first).tolist()], 0, 0)
     missing = np.full(b, max_new_tokens - 1)
+    after: tuple[Array, Array, Speculation] | None = None
     while (running := missing > 0).any():
-        drawn, kept, state = speculate_round(params, bias, state, running, *draws, None, config, execution, drafts)
+        drawn, kept, state = after or speculate_round(params, bias, state, running, *draws, None, config, execution, drafts)
+        if missing.max() > 1:  # the next round is on its way before this one is looked at; a sequence that this one ends runs once more
+            after = speculate_round(params, bias, state, running, *draws, None, config, execution, drafts)
         counts = np.where(running, np.minimum(np.asarray(kept) + 1, missing), 0)
         accepted = np.asarray(kept)[running].sum()
         yield Round(
