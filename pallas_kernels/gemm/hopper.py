@@ -471,11 +471,11 @@ def _single_step(
         plgpu.barrier_wait(refs["filled_too" if wave else "filled"].at[slot])
         scales = _scales(kernel, refs, warpgroup, wave, slot, b_scales)
         release = wave == c.waves - 1
-        if release and kernel.product.scales == "block":
-            _end_reads()
 
-        def scope(acc: Any, wave: int = wave) -> jax.Array:
+        def scope(acc: Any, wave: int = wave, release: bool = release) -> jax.Array:
             _multiply(kernel, refs, warpgroup, wave, slot, acc)
+            if release and kernel.product.scales == "block":
+                _end_reads()
             return acc[...]
 
         partial = pl.run_scoped(scope, _accumulator(kernel))
@@ -492,10 +492,7 @@ def _overlapped_block(
     def ready(u: int, slot: jax.Array) -> Any:
         b_scales = _block_scales(kernel, refs, tile, first + u)
         plgpu.barrier_wait(refs["filled"].at[slot])
-        scales = _scales(kernel, refs, warpgroup, 0, slot, b_scales)
-        if kernel.product.scales == "block":
-            _end_reads()
-        return scales
+        return _scales(kernel, refs, warpgroup, 0, slot, b_scales)
 
     def retire(acc: Any, in_flight: int, slot: jax.Array, scales: Any, sums: Any) -> Any:
         partial = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
@@ -506,6 +503,8 @@ def _overlapped_block(
 
         def scope(acc: Any) -> tuple[jax.Array, Any]:
             _multiply(kernel, refs, warpgroup, 0, slot, acc)
+            if kernel.product.scales == "block":
+                _end_reads()
             now = sums if before is None else retire(before[0], 1, before[1], before[2], sums)
             if u + 1 == c.overlap:
                 return _next(slot, c.stages), retire(acc, 0, slot, scales, now)
@@ -538,7 +537,10 @@ def _scales(
 
 
 def _end_reads() -> None:
-    """Orders reads of scales before the TMA copy that will overwrite them: it writes through another proxy."""
+    """Orders reads of scales before the TMA copy that will overwrite them: it writes through another proxy.
+
+    It waits for every access to memory that a thread has under way, so it runs while the tensor cores are busy.
+    """
     plgpu.commit_smem()
 
 
