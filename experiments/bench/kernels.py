@@ -20,7 +20,7 @@ from experiments import cli
 from experiments.bench.peer import Peer
 from experiments.bench.timing import draw, kernel_seconds, require_hopper
 
-ONLY = flags.DEFINE_string("only", "", "Time only rows whose name holds this.")
+ONLY = flags.DEFINE_list("only", [""], "Time only rows whose name holds one of these.")
 DENSE = [(4096, 2112, 7168), (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168), (4096, 7168, 2048),
          (8192, 8192, 8192), (64, 7168, 16384), (128, 7168, 16384)]  # fmt: skip
 GROUPS = [(4, 8192), (8, 4096), (32, 1024)]
@@ -47,15 +47,20 @@ def main() -> int:
     print(f"{'product':<44} {'cold':>7} {'back to back':>13} TFLOP/s  {'cold us':>9}  error", flush=True)
     table = rows()
     for row in table:
-        if ONLY.value in row.name:
+        if wanted(row.name):
             print(line(row), flush=True)
     if importlib.util.find_spec("deep_gemm"):
         for text in deep_gemm_lines(table):
             print(text, flush=True)
     for m, n, k in DENSE:
-        if ONLY.value in f"PyTorch {m},{n},{k}":
+        if wanted(f"PyTorch {m},{n},{k}"):
             print(f"{f'PyTorch, block-scaled {m},{n},{k}':<44} {torch_rate(m, n, k)}", flush=True)
     return 0
+
+
+def wanted(name: str) -> bool:
+    """Whether --only asks for a row."""
+    return any(part in name for part in ONLY.value)
 
 
 def rows() -> list[Row]:
@@ -119,7 +124,7 @@ def deep_gemm_lines(table: Iterable[Row]) -> Iterator[str]:
     peer = None
     for row in table:
         name = f"DeepGEMM {row.name.removeprefix('gemm ')}"
-        if row.question is None or ONLY.value not in name:
+        if row.question is None or not wanted(name):
             continue
         try:
             peer = peer or Peer(sys.executable, "experiments.bench.kernels_deep_gemm", [])

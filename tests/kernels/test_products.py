@@ -40,7 +40,7 @@ class TestInterpreted(ProductCases):
 
 SCHEMES = {
     "overlapped, few slots": TuningConfig(overlap=2, stages=2),
-    "two waves": TuningConfig(256, 128, stages=3, overlap=1),
+    "two waves": TuningConfig(256, 128, stages=3, overlap=1, store_slots=4),
     "three warpgroups": TuningConfig(192, 128, warpgroups=3, stages=3, overlap=1),
     "one warpgroup": TuningConfig(64, 48, warpgroups=1, stages=4, overlap=2),
     "pairs along m": TuningConfig(cluster="m", overlap=2, stages=4),
