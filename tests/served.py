@@ -89,9 +89,9 @@ def serving(run, gate=None, **settings):
 
 
 def health(url):
-    """Status and state, or None where nobody listens."""
+    """Status and state, or None where nobody listens, or answers yet."""
     try:
         answer = httpx.get(f"{url}/health")
-    except httpx.ConnectError:
+    except httpx.TransportError:
         return None
     return answer.status_code, answer.json()["status"]

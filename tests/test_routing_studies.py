@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ConfigError
+from dsv3_jax.config import ConfigError, ModelConfig
 from experiments.ablations.domains import PIECE, domain_of, write_domains
-from experiments.ablations.routing import loads_of, mutual_information
+from experiments.ablations.routing import check_routed, loads_of, mutual_information
+
+
+def test_a_model_that_routes_nothing_is_refused():
+    check_routed(ModelConfig(num_hidden_layers=3, first_k_dense_replace=2))
+    with pytest.raises(ConfigError, match=r"config\.model\.first_k_dense_replace = 3: leaves no MoE layer"):
+        check_routed(ModelConfig(num_hidden_layers=3, first_k_dense_replace=3))
 
 
 def test_loads_count_the_picks_of_each_row_and_layer():

@@ -22,6 +22,9 @@ from dsv3_jax.training.run import Run
 from dsv3_jax.training.stopping import StopSignal
 from dsv3_jax.training.tokenizer import train_tokenizer
 from experiments.serving import lifetime
+from experiments.serving.app import Limits, _Generation
+from experiments.serving.calls import Call, Served
+from experiments.serving.worker import Job, Ticket
 from tests import micro_config
 from tests.interop.folders import write_random
 from tests.served import Gate, health, serving, until
@@ -179,7 +182,8 @@ def test_models(client):
         ({"logprobs": True}, 400, "logprobs", "not supported"),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "not supported"),
         ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
-        ({"messages": HELLO}, 400, "messages", "unknown field"),
+        ({"messages": HELLO}, 400, "messages", "a field of the other endpoint"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options", "include_usage"),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused_in_one_line(server, body, status, field, part):
@@ -192,6 +196,38 @@ def assert_refused(answer, status, field, part):
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, field) and part in error["message"] and "\n" not in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_two_limits_that_differ_are_refused(server):
+    asked = {"model": "micro", "messages": HELLO, "max_tokens": 20}
+    assert_refused(server.post("/v1/chat/completions", **asked, max_completion_tokens=3), 400, "max_completion_tokens", "give one of them")
+    answer = server.post("/v1/chat/completions", **asked | {"max_tokens": 3}, max_completion_tokens=3)
+    assert answer.json()["usage"]["completion_tokens"] <= 3
+
+
+def test_text_that_comes_while_a_send_waits_is_sent():
+    """The job ends while the first piece of its stream is on its way."""
+    job, messages = Job([1], 3, 0.0, 1.0, 0, ()), []
+    served = Served("micro", ROOT, None, 300, 64)
+
+    async def main():
+        ticket = Ticket(job)
+        ticket.put("a", 1, None)
+
+        async def send(message):
+            if not messages:
+                ticket.put("b", 1, None)
+                ticket.put("c", 1, "length")
+            messages.append(message)
+
+        deadline = asyncio.get_running_loop().time() + 5
+        await _Generation(False, None, served, None, Limits(5.0, 100))._stream(Call(job, True, False), ticket, deadline, None, send)
+
+    asyncio.run(main())
+    lines = b"".join(message.get("body", b"") for message in messages).decode().split("\n\n")
+    choices = [choice for line in lines if "choices" in line for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    assert "".join(choice["text"] for choice in choices) == "abc"
+    assert [choice["finish_reason"] for choice in choices][-1] == "length"
 
 
 @pytest.mark.parametrize(
@@ -287,14 +323,16 @@ def test_slow_clients_are_dropped_and_hold_up_nobody(run, gate):
         address = server.url.removeprefix("http://").split(":")
         body = json.dumps({"model": name, "prompt": PROMPT, "max_tokens": 55, "temperature": 0, "stream": True}).encode()
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
-        with socket.socket() as deaf, socket.socket() as sluggish:
+        with socket.socket() as deaf, socket.socket() as sluggish, socket.socket() as silent:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            for one, sent in ((deaf, head + body), (sluggish, head + body[:20])):
+            for one, sent in ((deaf, head + body), (sluggish, head + body[:20]), (silent, head[:20])):
                 one.connect((address[0], int(address[1])))
                 one.sendall(sent)
             server.wait_for("generated_tokens_total", None, 55)  # though nobody reads them
             assert server.post(model=name, prompt=PROMPT, max_tokens=2).status_code == 200
             assert sluggish.recv(100).startswith(b"HTTP/1.1 408 ")
+            with contextlib.suppress(ConnectionResetError):
+                assert silent.recv(100) == b""
             server.wait_for("requests_total", "disconnected", 1)
 
 
@@ -350,12 +388,13 @@ def test_an_engine_that_fails_ends_the_server_with_its_error(run, monkeypatch):
 
 
 def test_addresses_contexts_and_drafts_that_cannot_be_used(run):
-    with contextlib.closing(lifetime.bind("127.0.0.1", 0)) as taken:
-        taken.listen()
-        with pytest.raises(ConfigError, match=r"--port = \d+: cannot be used at 127.0.0.1: .*choose another"):
-            lifetime.bind("127.0.0.1", taken.getsockname()[1])
+    taken, used = lifetime.bind("127.0.0.1", 0), r"--port = \d+: cannot be used at 127.0.0.1: .*choose another"
+    with contextlib.closing(taken), pytest.raises(ConfigError, match=used):
+        lifetime.bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(ConfigError, match=r"--host = 'no.such.host.invalid': is no address"):
         lifetime.bind("no.such.host.invalid", 0)
+    with pytest.raises(ConfigError, match=r"--host = 'x\.\.y': is no address"):
+        lifetime.bind("x..y", 0)
     with pytest.raises(ConfigError, match="--context = 65: the model takes 64 tokens"):
         asyncio.run(lifetime.serve(run, lifetime.Settings(context=65), lifetime.bind("127.0.0.1", 0), StopSignal()))
     with pytest.raises(ConfigError, match="--speculative = 1: this model has no MTP modules"):

@@ -31,6 +31,12 @@ class EngineSettings:
     fp8: bool = False  # c_kv in E4M3
     drafts: int = 0  # tokens that MTP modules draft a round; 0: none
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes with which nothing would ever run."""
+        for name, least in (("rows", 1), ("pages", 2), ("page_size", 1), ("chunk", 1), ("drafts", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least {least}")
+
     def pages_for(self, positions: int) -> int:
         """Pages that hold so many positions."""
         return -(-positions // self.page_size)
@@ -70,8 +76,8 @@ class Engine:
     """Generates for many requests at once. Not for several threads."""
 
     def __init__(self, params: Params, bias: RouterBias, config: ModelConfig, execution: Execution, settings: EngineSettings):
-        if settings.drafts and (settings.drafts < 0 or not config.num_nextn_predict_layers):
-            raise ValueError(f"{settings.drafts} drafts, {config.num_nextn_predict_layers} MTP modules: give 0 drafts, or more and modules")
+        if settings.drafts and not config.num_nextn_predict_layers:
+            raise ValueError(f"{settings.drafts} drafts, 0 MTP modules: give 0 drafts, or modules")
         self._settings, self._longest = settings, config.max_position_embeddings
         cache = init_pages(config, settings.pages, settings.page_size, execution.dtype, settings.fp8)
         model = (params, bias, cache, config, execution)
@@ -133,6 +139,8 @@ class Engine:
             raise ValueError(f"prompt of {len(prompt)} tokens and {max_new_tokens} new ones: both at least 1, together {self._longest}")
         if pages >= self._settings.pages:
             raise ValueError(f"{total} tokens need {pages} pages, the pool has {self._settings.pages - 1}; give it more")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed = {seed}: must lie in 0..2**32 - 1")
         self._requests += 1
         sampling = Sampling(temperature, top_p)
         self._waiting.append(_Sequence(self._requests, list(prompt), len(prompt), max_new_tokens, sampling, seed, frozenset(eos_ids)))

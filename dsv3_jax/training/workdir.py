@@ -43,6 +43,14 @@ def check_continues(workdir: Path, config: Config) -> None:
             raise ConfigError(f"config.{field}", value, remedy)
 
 
+def make_folder(workdir: Path) -> None:
+    """The folder that --workdir names, and those above it. Raises ConfigError where none can be."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--workdir", str(workdir), f"no such folder can be made ({error.strerror}); name another") from error
+
+
 @contextmanager
 def new_workdir(workdir: Path, config: Config) -> Iterator[None]:
     """Creates the workdir and writes the configuration into it; an error of the user within takes both away again if they are new.
@@ -53,7 +61,7 @@ def new_workdir(workdir: Path, config: Config) -> Iterator[None]:
         yield
         return
     is_new, made = not (workdir / CONFIG_FILE).exists(), not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     write_json(workdir / CONFIG_FILE, to_dict(config))
     try:
         yield

@@ -21,7 +21,7 @@ from dsv3_jax.training.metrics import max_vio
 from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
-from experiments.ablations.routing import loads_of, picks_of
+from experiments.ablations.routing import check_routed, loads_of, picks_of
 from experiments.output import panels
 
 STRATEGIES = ("auxiliary", "sequence_wise", "batch_wise", "loss_free")
@@ -46,6 +46,7 @@ MEASURES = {
 
 def main() -> int:
     config = study.read_config(CONFIG, STEPS.value)
+    check_routed(config.model)
     curves = study.train_seeds(_variants(config), SEEDS.value, Path(WORKDIR.value), study.Watch(measure, TIMES.value))
     found = {name: {key: np.array([run.measured[key] for run in runs]) for key in MEASURES} for name, runs in curves.items()}
     figure, axes = panels("Balancing strategies", len(MEASURES))

@@ -22,7 +22,7 @@ from dsv3_jax.model.transformer import Execution
 from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
-from experiments.ablations.routing import picks_of
+from experiments.ablations.routing import check_routed, picks_of
 from experiments.bench.traffic import nodes_a_token, row_bytes
 from experiments.output import panels
 
@@ -35,6 +35,7 @@ ALL = "all"
 
 def main() -> int:
     config = study.read_config(CONFIG, STEPS.value)
+    check_routed(config.model)
     curves = study.train_seeds(_variants(config), SEEDS.value, Path(WORKDIR.value), study.Watch(measure))
     losses = {name: np.array([run.val_loss for run in runs]) for name, runs in curves.items()}
     nodes = {name: np.array([run.measured["nodes"][-1].mean() for run in runs]) for name, runs in curves.items()}

@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ConfigError, ModelConfig
 from dsv3_jax.model.picks import picked_experts
 from dsv3_jax.model.transformer import Execution
 from dsv3_jax.training.evaluate import batches
 from dsv3_jax.training.state import TrainState
+
+
+def check_routed(model: ModelConfig) -> None:
+    """Raises ConfigError for a main model without MoE layers: there is nothing to study."""
+    if model.num_moe_layers == 0:
+        remedy = "leaves no MoE layer, which this study is about; lower it"
+        raise ConfigError("config.model.first_k_dense_replace", model.first_k_dense_replace, remedy)
 
 
 def picks_of(state: TrainState, model: ModelConfig, execution: Execution, rows: Int[np.ndarray, "n row"], batch: int) -> np.ndarray:

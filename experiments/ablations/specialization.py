@@ -23,10 +23,11 @@ from dsv3_jax.model.transformer import Execution
 from dsv3_jax.training.corpus import Subset
 from dsv3_jax.training.data import validation_rows
 from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.workdir import make_folder
 from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.domains import ENDINGS, python_folders, write_domains
-from experiments.ablations.routing import loads_of, mutual_information, picks_of
+from experiments.ablations.routing import check_routed, loads_of, mutual_information, picks_of
 
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
@@ -40,11 +41,13 @@ HELD_OUT = 0.2  # of the pieces, so that the smallest domain has some
 
 
 def main() -> int:
+    config = study.read_config(CONFIG, STEPS.value)
+    check_routed(config.model)
     workdir = Path(WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     sizes = write_domains(workdir / "text", [*python_folders(), *map(Path, FOLDERS.value)], DOMAIN_KIB.value * 1024)
     text = {"source": f"text:{workdir}/text/*/*.txt", "held_out": HELD_OUT}
-    config = study.changed(study.read_config(CONFIG, STEPS.value), data=text)
+    config = study.changed(config, data=text)
     variants = {
         "auxiliary": study.changed(config, train={"balance": "auxiliary"}, model={"aux_loss_alpha": ALPHA.value}),
         "loss_free": study.changed(config, train={"balance": "loss_free"}),

@@ -32,6 +32,7 @@ from dsv3_jax.training.schedule import plan_step
 from dsv3_jax.training.state import TrainState, create_state
 from dsv3_jax.training.step import Rates, TrainStep, jit_train_step, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
+from dsv3_jax.training.workdir import make_folder
 from experiments import cli
 
 flags.disclaim_key_flags()
@@ -96,7 +97,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 def open_text(config: Config, workdir: Path) -> Text:
     """Corpus and tokenizer; the tokenizer is trained once for a workdir."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     corpus = open_corpus(config.data)
     tokenizer = load_or_train_tokenizer(workdir, config.data, config.model.vocab_size, corpus.train)
     return Text(corpus, tokenizer, Vocabulary.from_tokenizer(tokenizer, config.data))
@@ -258,7 +259,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def finish(workdir: Path, figure: Figure, table: str, verdict: str, result: Mapping[str, Any]) -> None:
     """Prints table and verdict, and leaves them in the workdir with the plot."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     figure.savefig(workdir / "plot.png", dpi=130)
     (workdir / "table.md").write_text(f"{table}\n\n{verdict}\n")
     write_json(workdir / "result.json", {**result, "verdict": verdict})

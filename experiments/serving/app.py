@@ -88,29 +88,30 @@ class _Generation:
             self._worker.cancel(ticket)
 
     async def _whole(self, call: Call, ticket: Ticket, deadline: float, request: Request, send: Send) -> str:
-        pieces = []
-        while not ticket.finish:
-            pieces.append(await ticket.read(deadline))
-        counts = usage(len(call.job.prompt), ticket.tokens)
-        body = Answer.new(self._chat, self._served.name).whole("".join(pieces), ticket.finish, counts)
+        text, finish = "", None
+        while not finish:
+            piece, finish = await ticket.read(deadline)
+            text += piece
+        body = Answer.new(self._chat, self._served.name).whole(text, finish, usage(len(call.job.prompt), ticket.tokens))
         await JSONResponse(body)(request.scope, request.receive, send)
         return "completed"
 
     async def _stream(self, call: Call, ticket: Ticket, deadline: float, request: Request, send: Send) -> str:
-        answer, text = Answer.new(self._chat, self._served.name), await ticket.read(deadline)
+        answer = Answer.new(self._chat, self._served.name)
+        text, finish = await ticket.read(deadline)
         # Only now, so that what goes wrong before the first text has a status of its own.
         headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await _send_events(send, answer.opening())
         try:
-            while not ticket.finish:
+            while not finish:  # as of the last reading: the job may end while a send waits for the client, with text that is not read yet
                 await _send_events(send, [answer.piece(text)])
-                text = await ticket.read(deadline)
+                text, finish = await ticket.read(deadline)
         except ApiError as error:
             await _send_events(send, [error.body()], last=True)
             return error.outcome
         counted = [answer.counted(usage(len(call.job.prompt), ticket.tokens))] if call.include_usage else []
-        await _send_events(send, [*([answer.piece(text)] if text else []), answer.ending(ticket.finish), *counted, "[DONE]"], last=True)
+        await _send_events(send, [*([answer.piece(text)] if text else []), answer.ending(finish), *counted, "[DONE]"], last=True)
         return "completed"
 
 

@@ -65,10 +65,14 @@ def _tokens_to_generate(body: "_Fields", chat: bool, prompt: int, context: int) 
     limit = body.integer("max_tokens", None, 1, None)
     if chat:
         newer = body.integer("max_completion_tokens", None, 1, None)
+        if None not in (limit, newer) and limit != newer:
+            message = f"max_completion_tokens = {reprlib.repr(newer)}, max_tokens = {reprlib.repr(limit)}: give one of them"
+            raise ApiError(400, message, "max_completion_tokens")
         limit = newer if limit is None else limit
     count = limit or (max(context - prompt, 1) if chat else 16)  # the API's own defaults
     if not 0 < prompt <= context - count:
-        message = f"a prompt of {prompt} tokens and {count} new ones: a prompt has at least one, and together they are at most {context}"
+        asked = f"a prompt of {prompt} tokens and {reprlib.repr(count)} new ones"
+        message = f"{asked}: a prompt has at least one, and together they are at most {context}"
         raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
     return count
 
@@ -105,6 +109,8 @@ class _Fields:
                 neutral = any(type(value) is type(other) and value == other for other in (None, *_UNSUPPORTED[name]))
                 if not neutral:
                     raise ApiError(400, f"{name} = {reprlib.repr(value)}: is not supported; leave it out", name)
+            elif name in _KNOWN and name not in _BENIGN:
+                raise ApiError(400, f"{name} = {reprlib.repr(value)}: is a field of the other endpoint, not of this one", name)
             elif name not in _BENIGN:
                 raise ApiError(400, f"{name[:40]} = {reprlib.repr(value)}: unknown field, {nearest_name(name[:40], _KNOWN)}", name[:40])
 
@@ -171,12 +177,17 @@ def _stops(body: _Fields) -> tuple[str, ...]:
     return (stops,) if isinstance(stops, str) else tuple(stops)
 
 
+def _is_one_of(value: Any, others: tuple[Any, ...]) -> bool:
+    """Whether a value is among true, false and null: 1 is none of them, though in Python it equals true."""
+    return any(value is other for other in others)
+
+
 def _streaming(body: _Fields) -> tuple[bool, bool]:
     """Whether to stream, and whether to count tokens at its end."""
     stream = body.take("stream", bool, False, "true or false")
     what = "an object with include_usage"
     known = {"include_usage": (True, False, None), "include_obfuscation": (False, None)}
-    options = body.take("stream_options", dict, {}, what, lambda value: all(value[key] in known.get(key, ()) for key in value))
+    options = body.take("stream_options", dict, {}, what, lambda value: all(_is_one_of(value[key], known.get(key, ())) for key in value))
     if options and not stream:
         raise ApiError(400, "stream_options is for stream = true", "stream_options")
     return stream, bool(options.get("include_usage"))

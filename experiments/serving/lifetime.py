@@ -42,15 +42,16 @@ class Settings:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet; port 0 takes a free one. Raises ConfigError."""
+    """A socket that listens, so that no other server takes its port while this one loads; port 0 takes a free one. Raises ConfigError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError("--host", host, f"is no address: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("--host", host, f"is no address: {getattr(error, 'strerror', None) or error}") from error
     bound = socket.socket(family, kind, protocol)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
+        bound.listen()
     except OSError as error:
         bound.close()
         raise ConfigError("--port", port, f"cannot be used at {host}: {error.strerror}; choose another, or 0 for a free one") from error
@@ -72,7 +73,8 @@ async def serve(run: Run, settings: Settings, bound: socket.socket, stop: StopSi
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         while not (server.started or serving.done()):
             await asyncio.sleep(_POLL)
-        print(f"serving {served.name} at {url(bound)}/v1 until Ctrl-C", flush=True)
+        if server.started:
+            print(f"serving {served.name} at {url(bound)}/v1 until Ctrl-C", flush=True)
         while not (stop.received or worker.state == FAILED or serving.done()):
             await asyncio.sleep(_POLL)
         await _drain(worker, settings.grace)
@@ -123,10 +125,19 @@ class _Server(uvicorn.Server):
 
 
 def _patient(seconds: float) -> type[H11Protocol]:
-    """uvicorn's HTTP, which drops a client that leaves a full buffer unread for so long."""
+    """uvicorn's HTTP, which drops a client that sends no whole request head, or leaves a full buffer unread, for so long."""
 
     class Patient(H11Protocol):
+        _silent: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._silent = self.loop.call_later(seconds, self._drop_silent)
+
+        def _drop_silent(self) -> None:
+            if self.cycle is None:  # uvicorn's: no request has begun
+                self.transport.abort()
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -139,7 +150,8 @@ def _patient(seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            if self._stalled:
-                self._stalled.cancel()
+            for timer in (self._silent, self._stalled):
+                if timer:
+                    timer.cancel()
 
     return Patient

@@ -58,8 +58,8 @@ class Ticket:
         self._error = error
         self._news.set()
 
-    async def read(self, deadline: float) -> str:
-        """All text since the last reading, as soon as there is some or the job has ended.
+    async def read(self, deadline: float) -> tuple[str, str | None]:
+        """All text since the last reading, as soon as there is some or the job has ended, and `finish` as it was then.
 
         `deadline`: by the event loop's clock. Raises ApiError when it passes, or when the job failed.
         """
@@ -72,7 +72,7 @@ class Ticket:
         if self._error:
             raise self._error
         text, self._unread = "".join(self._unread), []
-        return text
+        return text, self.finish
 
 
 class _Sequence:

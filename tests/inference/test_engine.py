@@ -197,6 +197,18 @@ def test_requests_that_could_never_run_are_refused(prompt, count, part):
         started(pages=13).submit(prompt, count)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_program_takes_is_refused(seed):
+    with pytest.raises(ValueError, match=r"seed = .*: must lie in"):
+        started(pages=13).submit([1], 4, seed=seed)
+
+
+@pytest.mark.parametrize("size", [{"rows": 0}, {"pages": 1}, {"chunk": 0}, {"page_size": 0}, {"drafts": -1}])
+def test_sizes_with_which_nothing_runs_are_refused(size):
+    with pytest.raises(ValueError, match="must be at least"):
+        dataclasses.replace(SETTINGS, **size)
+
+
 def test_drafts_take_pages_and_modules():
     with pytest.raises(ValueError, match="13 pages, the pool has 12"):
         started(pages=13, drafts=2).submit([1] * 30, 18)
