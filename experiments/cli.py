@@ -5,6 +5,7 @@ with status 2 before anything is written.
 """
 
 import logging
+import math
 import os
 import shlex
 import sys
@@ -15,6 +16,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dsv3_jax.config import Config, ConfigError, check_override, describe_fields, from_config_dict, is_optional_field, nearest_name
+
+flags.disclaim_key_flags()  # the flags belong to the experiment that defines them, and show in its --help
 
 FLAGS = flags.FLAGS
 _none_fields: list[str] = []
@@ -80,6 +83,21 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+class _FiniteParser(flags.FloatParser):
+    def convert(self, argument: int | float | str) -> float:
+        value = super().convert(argument)
+        if not math.isfinite(value):  # NaN is outside no bounds
+            raise ValueError(f"{value} is not a finite number")
+        return value
+
+
+def define_float(
+    name: str, default: float | None, text: str, lower_bound: float | None = None, upper_bound: float | None = None
+) -> flags.FlagHolder:
+    """A flag with a number that is neither NaN nor infinite, which `flags.DEFINE_float` lets through."""
+    return flags.DEFINE(_FiniteParser(lower_bound, upper_bound), name, default, text, serializer=flags.ArgumentSerializer())
+
+
 def read_config(holder: flags.FlagHolder) -> Config:
     """The frozen configuration. Raises ConfigError."""
     holder.value.update_from_flattened_dict(dict.fromkeys(_none_fields))
@@ -132,8 +150,7 @@ def _take_none(argv: Sequence[str]) -> list[str]:
 
 
 def _flag_names() -> list[str]:
-    own = [flag.name for flag in FLAGS.get_flags_for_module(sys.modules["__main__"])]
-    return [*own, "config"] if "config" in FLAGS else own
+    return [flag.name for flag in FLAGS.get_flags_for_module(sys.modules["__main__"])]
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
@@ -166,5 +183,5 @@ def _help() -> str:
         default = "" if flag.default in (None, "") else f" (default {flag.default_as_str})"
         parts.append(f"  --{flag.name}: {flag.help}{default}")
     if "config" in FLAGS:
-        parts += ["  --config: configuration file, e.g. configs/tiny.py", "\nfields, each set by --config.NAME=VALUE:", describe_fields()]
+        parts += ["\nfields, each set by --config.NAME=VALUE:", describe_fields()]
     return "\n".join(parts)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 SOURCE = sources.define_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate; an end-of-document token ends earlier.", lower_bound=1)
-TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the most likely token each time.", lower_bound=0.0)
-TOP_P = flags.DEFINE_float(
+TEMPERATURE = cli.define_float("temperature", 0.7, "0 takes the most likely token each time.", lower_bound=0.0)
+TOP_P = cli.define_float(
     "top_p", 0.9, "Draw from the most likely tokens that hold this share of probability.", lower_bound=0.0, upper_bound=1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0, upper_bound=2**63 - 1)
 CHAT = flags.DEFINE_bool("chat", False, "Take the prompt as a user's message, in the chat template beside the tokenizer.")
 SPECULATIVE = sources.define_speculative()
 
@@ -35,6 +35,7 @@ def main() -> int:
     from dsv3_jax.inference.chat import encode_chat
     from dsv3_jax.inference.text import TextStream
 
+    _check_prompt(PROMPT.value)
     run = SOURCE.open()
     tokenizer = run.tokenizer
     if CHAT.value:
@@ -59,6 +60,14 @@ def main() -> int:
         share = drafts["accepted"] / drafts["proposed"]
         print(f"{drafts['accepted']} of {drafts['proposed']} drafts accepted ({share:.1%})", file=sys.stderr)
     return 0
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python keeps bytes of an argument that are not UTF-8 as lone surrogates
+        start = max(0, error.start - 20)
+        raise ConfigError("--prompt", prompt[start : start + 40], "is not valid UTF-8; give it in that encoding") from error
 
 
 def new_tokens(run: "Run", prompt: list[int], count: int, drafts: dict[str, int]) -> Iterator[int]:

@@ -1,7 +1,10 @@
 """What commands print and write: tables, sizes, pictures, and paths that can be written to."""
 
 import io
+import os
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,21 @@ def table(rows: Sequence[Sequence[str]], align: str) -> str:
 def check_output(flag: str, name: str) -> None:
     """Raises ConfigError unless `name` can become a file: for a command to call before it works."""
     folder = Path(name).parent
-    if not folder.is_dir():
-        raise ConfigError(flag, name, f"there is no folder {folder}; make it first")
-    if Path(name).is_dir():
-        raise ConfigError(flag, name, "is a folder; name a file")
+    try:
+        if not folder.is_dir():
+            raise ConfigError(flag, name, f"there is no folder {folder}; make it first")
+        if Path(name).is_dir():
+            raise ConfigError(flag, name, "is a folder; name a file")
+        _try_to_write(Path(name))
+    except OSError as error:
+        raise ConfigError(flag, name, f"no such file can be made ({error.strerror}); name another") from error
+
+
+def _try_to_write(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.stat(f"{path}.tmp")  # the longer name, which `write_atomically` takes first, may be too long
+    with tempfile.TemporaryFile(dir=path.parent):  # permissions do not tell: root has them all, in /proc and on a read-only disk
+        pass
 
 
 def check_outputs(*holders: flags.FlagHolder) -> None:

@@ -5,15 +5,16 @@
     uv run -m experiments.placement --loads=new.npy --replicas=288 --groups=8 --nodes=4 --gpus=32 --current=placement.json --threshold=0.05
     uv run -m experiments.placement --loads=loads.npy --replicas=288 --groups=8 --nodes=4 --gpus=32 --hosted=16
 
-The first is the paper's prefill unit: 32 GPUs with 8 + 1 experts each. The second is its decode unit: one expert a GPU, and the shared
-expert is one more that every token picks. The third keeps a layer as it is unless its imbalance falls by a twentieth. The fourth
-compares dynamic redundancy: 16 hosted, 288 / 32 = 9 active. LOADS is an array [layers, experts] in any unit, saved by numpy.save, or
-the expert_load.jsonl of a run, of which the last ten reports count. Imbalance is the load of the busiest GPU over the mean. The JSON has
-physical_to_logical (the expert of each slot, GPU by GPU), logical_to_physical (the slots of each expert, then -1) and
-replica_count, each with one list a layer.
+The first is the paper's prefill unit: 32 GPUs with 8 + 1 experts each. The second is its decode unit: one expert a GPU, and the
+shared expert is one more that every token picks. The third keeps a layer as it is unless its imbalance falls by a twentieth or a
+group of it spans nodes. The fourth compares dynamic redundancy: 16 hosted, 288 / 32 = 9 active. LOADS is an array [layers, experts]
+in any unit, saved by numpy.save, or the expert_load.jsonl of a run, of which the last ten reports count. Imbalance is the load of
+the busiest GPU over the mean. The JSON has physical_to_logical (the expert of each slot, GPU by GPU), logical_to_physical (the
+slots of each expert, then -1) and replica_count, each with one list a layer.
 """
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,20 @@ from experiments import cli
 from experiments.output import check_output, check_outputs, rendered, table
 
 LOADS = flags.DEFINE_string("loads", None, "Measured loads: .npy, or the expert_load.jsonl of a run.", required=True)
-REPLICAS = flags.DEFINE_integer("replicas", 288, "Slots for experts over all GPUs, redundant ones included.")
-GROUPS = flags.DEFINE_integer("groups", 8, "Groups of the router; whole ones stay on a node where they divide by the nodes.")
-NODES = flags.DEFINE_integer("nodes", 4, "Nodes of the deployment unit.")
-GPUS = flags.DEFINE_integer("gpus", 32, "GPUs of the deployment unit, over all nodes.")
+REPLICAS = flags.DEFINE_integer("replicas", 288, "Slots for experts over all GPUs, redundant ones included.", lower_bound=1)
+GROUPS = flags.DEFINE_integer("groups", 8, "Groups of the router; whole ones stay on a node where they divide by the nodes.", lower_bound=1)
+NODES = flags.DEFINE_integer("nodes", 4, "Nodes of the deployment unit.", lower_bound=1)
+GPUS = flags.DEFINE_integer("gpus", 32, "GPUs of the deployment unit, over all nodes.", lower_bound=1)
 SHARED = flags.DEFINE_bool("shared", False, "Count the shared expert as one more routed expert, which every token picks.")
 PER_TOKEN = flags.DEFINE_integer("experts_per_token", 8, "Routed experts that a token picks: for --shared and --hosted.", lower_bound=1)
 CURRENT = flags.DEFINE_string("current", None, "JSON of an earlier placement, to move away from as little as possible.")
-THRESHOLD = flags.DEFINE_float("threshold", 0.05, "With --current: a layer moves when its imbalance falls by more than this share.")
+THRESHOLD = cli.define_float("threshold", 0.05, "With --current: a layer moves when its imbalance falls by more than this share.")
 HOSTED = flags.DEFINE_integer("hosted", None, "Compare dynamic redundancy with so many hosted experts a GPU.")
 STEPS = flags.DEFINE_integer("steps", 8, "Steps to compare it on.", lower_bound=1)
 STEP_TOKENS = flags.DEFINE_integer("step_tokens", 8192, "Tokens of a step, over all GPUs.", lower_bound=1)
-SPREAD = flags.DEFINE_float("spread", 0.5, "How far the loads of a step stray: deviation of their logarithm.", lower_bound=0.0)
+SPREAD = cli.define_float(
+    "spread", 0.5, "How far the loads of a step stray: deviation of their logarithm.", lower_bound=0.0, upper_bound=10.0
+)
 SEED = flags.DEFINE_integer("seed", 0, "Of the steps that are drawn.", lower_bound=0)
 JSON = flags.DEFINE_string("json", None, "File to write the placement to.")
 FIGURE = flags.DEFINE_string("figure", "placement", "Path of the picture, without .png and .svg.")
@@ -78,25 +81,36 @@ def main() -> int:
 
 
 def dynamic_columns(load: Any, groups: int) -> dict[str, Any]:
-    """Mean imbalance over drawn steps: even division over the placement's replicas, planned division, planned choice of active experts."""
+    """Mean imbalance over drawn steps: even division over the placement's replicas, planned division, planned choice of active experts.
+
+    A layer without load counts as balanced.
+    """
     import numpy as np
 
     from dsv3_jax.inference.dynamic_redundancy import host_experts, plan_step, share_tokens
-    from dsv3_jax.inference.placement import imbalance
+    from dsv3_jax.inference.placement import busiest_over_mean, imbalance
 
     gpus, active, rng = GPUS.value, REPLICAS.value // GPUS.value, np.random.default_rng(SEED.value)
     hosted = host_experts(load, HOSTED.value, active, groups, NODES.value, gpus)
-    figures = np.zeros((3, len(load)))
+    figures = np.ones((3, len(load)))
     for layer, experts in enumerate(hosted):
-        static = experts[:, :active]
+        if not load[layer].any():
+            continue
+        static, steps = experts[:, :active], []
         for _ in range(STEPS.value):
-            chance = load[layer] * rng.lognormal(0.0, SPREAD.value, load.shape[1])
-            step = rng.multinomial(STEP_TOKENS.value * PER_TOKEN.value, chance / chance.sum()).astype(float)
+            step = _drawn_step(load[layer], rng)
             planned = [share_tokens(step, static, np.ones(static.shape, bool)), plan_step(step, experts, active)]
-            busiest = [plan.sum(1).max() / plan.sum(1).mean() for plan in planned]
-            figures[:, layer] += [imbalance(step[None], static.reshape(1, -1), gpus)[0], *busiest]
+            busiest = [busiest_over_mean(plan.sum(1)) for plan in planned]
+            steps.append([imbalance(step[None], static.reshape(1, -1), gpus)[0], *busiest])
+        figures[:, layer] = np.mean(steps, axis=0)
     names = ("steps: even", "planned", f"{active} of {HOSTED.value}")
-    return dict(zip(names, figures / STEPS.value, strict=True))
+    return dict(zip(names, figures, strict=True))
+
+
+def _drawn_step(load: Any, rng: Any) -> Any:
+    """Tokens of each expert in one step; `load` must not be all 0."""
+    chance = load / load.max() * rng.lognormal(0.0, SPREAD.value, len(load))
+    return rng.multinomial(STEP_TOKENS.value * PER_TOKEN.value, chance / chance.sum()).astype(float)
 
 
 def draw(load: Any, physical_to_logical: Any, groups: int, nodes: int, gpus: int, title: str) -> Any:
@@ -165,24 +179,30 @@ def _read_loads(path: Path) -> Any:
     """float64 [layers, experts]. Raises ConfigError for a file that holds no loads."""
     import numpy as np
 
-    from dsv3_jax.training.metrics import read_jsonl
-
     if not path.is_file():
         raise ConfigError("--loads", str(path), "no such file; numpy.save an array [layers, experts] there")
     try:
-        if path.suffix == ".jsonl":
-            reports = [row["load"] for row in read_jsonl(path)[-JSONL_REPORTS:]]
-            load = np.mean(np.array(reports, np.float64), axis=0)
-        else:
-            load = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        load = _mean_report(path) if path.suffix == ".jsonl" else np.load(path, allow_pickle=False)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError("--loads", str(path), f"cannot be read as loads: {' '.join(str(error).split())[:120]}") from error
+    if load is None:
+        raise ConfigError("--loads", str(path), "has no reports yet; wait until the run has written one")
     if not isinstance(load, np.ndarray) or load.ndim != 2 or load.dtype.kind not in "iuf" or not load.size:
         shape = f"{load.dtype} {list(load.shape)}" if isinstance(load, np.ndarray) else type(load).__name__
         raise ConfigError("--loads", str(path), f"holds {shape}; needs numbers [layers, experts]")
     if not np.isfinite(load).all() or load.min() < 0:
         raise ConfigError("--loads", str(path), "loads must be finite and not negative")
     return load.astype(np.float64)
+
+
+def _mean_report(path: Path) -> Any:
+    """Mean of the last reports of a run, None where there are none yet."""
+    import numpy as np
+
+    from dsv3_jax.training.metrics import read_jsonl
+
+    reports = [row["load"] for row in read_jsonl(path)[-JSONL_REPORTS:]]
+    return np.mean(np.array(reports, np.float64), axis=0) if reports else None
 
 
 def _read_current(path: Path, shape: tuple[int, int]) -> Any:

@@ -25,12 +25,12 @@ CONTEXT = flags.DEFINE_integer(
 FP8_CACHE = flags.DEFINE_bool("fp8_cache", False, "Keep c_kv in E4M3: little more than half the cache of bfloat16.")
 SPECULATIVE = sources.define_speculative()
 MAX_QUEUE = flags.DEFINE_integer("max_queue", 64, "Requests that may wait for a row; one more gets status 429.", lower_bound=0)
-TIMEOUT = flags.DEFINE_float(
+TIMEOUT = cli.define_float(
     "timeout", 600.0, "Seconds of a request, waiting included; a client that leaves an answer unread for so long is dropped.",
     lower_bound=0.001,
 )  # fmt: skip
 MAX_BODY = flags.DEFINE_integer("max_body", 2**20, "Most bytes of a request's body.", lower_bound=1)
-GRACE = flags.DEFINE_float("grace", 30.0, "Seconds that running requests get to end after SIGTERM or Ctrl-C.", lower_bound=0.0)
+GRACE = cli.define_float("grace", 30.0, "Seconds that running requests get to end after SIGTERM or Ctrl-C.", lower_bound=0.0)
 
 
 def main() -> int:

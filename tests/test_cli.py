@@ -98,6 +98,14 @@ def test_folder_of_something_else_is_left_alone(tmp_path: Path):
     assert letter.read_text() == "dear reader"
 
 
+@pytest.mark.parametrize("module", ["pretrain", "ablations.balancing"])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, module: str):
+    letter = tmp_path / "letter.txt"
+    letter.write_text("dear reader")
+    done = run(module, TINY, f"--workdir={letter / 'run'}")
+    assert_refused(done, f"--workdir = '{letter / 'run'}'", "no such folder can be made", "name another")
+
+
 @pytest.mark.parametrize(("module", "arguments"), [("generate", ["--prompt=def"]), ("evaluate", [])])
 def test_no_run_to_use(tmp_path: Path, module: str, arguments: list[str]):
     done = run(module, f"--workdir={tmp_path / 'run'}", *arguments)
@@ -119,3 +127,34 @@ def test_help(module: str):
     for part in [*shown, f"uv run -m experiments.{module}"]:
         assert part in done.stdout, part
     assert "absl" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "flag", "reason"),
+    [
+        ("generate", "--temperature=nan", "not a finite number"),
+        ("generate", "--temperature=inf", "not a finite number"),
+        ("generate", "--top_p=nan", "not a finite number"),
+        ("generate", f"--seed={2**63}", f"[0, {2**63 - 1}]"),
+        ("serve", "--timeout=nan", "not a finite number"),
+    ],
+)
+def test_numbers_that_bounds_let_through(module: str, flag: str, reason: str):
+    prompt = ["--prompt=def"] if module == "generate" else []
+    assert_refused(run(module, "--workdir=runs/none", *prompt, flag), flag, reason)
+
+
+def test_prompt_that_is_not_utf8():
+    done = run("generate", "--workdir=runs/none", "--prompt=" + b"a\xffb".decode(errors="surrogateescape"))
+    assert_refused(done, r"--prompt = 'a\udcffb'", "is not valid UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 300, "File name too long"), ("x" * 253, "File name too long"), ("/proc/x.json", "no such file can be made")],
+    ids=["long", "long-with-tmp", "proc"],
+)
+def test_output_that_cannot_be_written(tmp_path: Path, name: str, reason: str):
+    file = tmp_path / name  # an absolute name stays as it is
+    assert_refused(run("describe", TINY, f"--json={file}"), f"--json = '{file}'", reason, "name another")
+    assert list(tmp_path.iterdir()) == []

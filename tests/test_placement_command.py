@@ -34,12 +34,13 @@ def test_the_command_places_prints_and_draws(tmp_path: Path, loads: str):
     [
         (None, ["no such file", "numpy.save"]),
         (b"not an array", ["cannot be read as loads"]),
+        (b"PK\x03\x04 and no more", ["--loads", "cannot be read as loads"]),
         (np.ones(4), ["float64 [4]", "needs numbers [layers, experts]"]),
         (np.array([[1.0, np.nan]]), ["finite"]),
         (np.array([["a", "b"]]), ["needs numbers"]),
         (np.ones((1, 12)), ["replicas = 7", "fewer than the 12 experts"]),
     ],
-    ids=["missing", "garbage", "flat", "nan", "text", "too few slots"],
+    ids=["missing", "garbage", "half an archive", "flat", "nan", "text", "too few slots"],
 )
 def test_loads_that_cannot_be_used(tmp_path: Path, content, parts: list[str]):
     file = tmp_path / "loads.npy"
@@ -49,3 +50,37 @@ def test_loads_that_cannot_be_used(tmp_path: Path, content, parts: list[str]):
         np.save(file, content)
     assert_refused(run("placement", f"--loads={file}", "--replicas=7", f"--figure={tmp_path}/drawn"), *parts)
     assert not list(tmp_path.glob("drawn*"))
+
+
+def test_a_run_without_reports_is_refused(tmp_path: Path):
+    file = tmp_path / "expert_load.jsonl"
+    file.touch()
+    assert_refused(run("placement", f"--loads={file}", f"--figure={tmp_path}/drawn"), f"--loads = '{file}'", "has no reports yet")
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("--spread=nan", ["--spread=nan", "finite"]),
+        ("--spread=1000", ["--spread", "1000", "[0.0, 10.0]"]),
+        ("--threshold=nan", ["--threshold=nan", "finite"]),
+        ("--nodes=0", ["--nodes", "0", "positive"]),
+        ("--gpus=0", ["--gpus", "0", "positive"]),
+        ("--groups=0", ["--groups", "0", "positive"]),
+        ("--replicas=0", ["--replicas", "0", "positive"]),
+    ],
+)
+def test_numbers_out_of_range(tmp_path: Path, loads: str, argument: str, parts: list[str]):
+    flags = [flag for flag in UNIT if flag.split("=")[0] != argument.split("=")[0]]
+    assert_refused(run("placement", loads, *flags, "--shared", "--hosted=5", argument, f"--figure={tmp_path}/drawn"), *parts)
+
+
+def test_a_layer_without_load_counts_as_balanced(tmp_path: Path):
+    load = np.random.default_rng(0).lognormal(0, 1, (2, 12))
+    load[1] = 0
+    np.save(tmp_path / "loads.npy", load)
+    unit = (f"--loads={tmp_path}/loads.npy", *UNIT, f"--figure={tmp_path}/drawn")
+    done = run("placement", *unit, "--hosted=5", "--steps=2", "--spread=10")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert done.stdout.splitlines()[-2].split() == ["1", *["1.000"] * 5]

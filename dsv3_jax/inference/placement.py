@@ -44,15 +44,17 @@ def replace_experts(
 ) -> Replicas:
     """A new placement that moves little: a layer stays as in `current` (physical to logical) unless that pays.
 
-    It pays when the imbalance falls by more than the share `threshold` of itself. Nodes, GPUs and slots of a layer that does
+    It pays when the imbalance falls by more than the share `threshold` of itself, and always where `current` breaks the
+    hierarchy, that is where the groups divide by the nodes and one of them spans nodes. Nodes, GPUs and slots of a layer that does
     change are then named so that the fewest slots have to load another expert.
     """
     fresh = place_experts(load, current.shape[1], groups, nodes, gpus).physical_to_logical
     before, after = (imbalance(load, placed, gpus) for placed in (current, fresh))
     nodes = nodes if groups % nodes == 0 else 1
+    pays = (after < before * (1 - threshold)) | _spans_nodes(current // (load.shape[1] // groups), nodes)
     rows = [
-        _aligned(new.reshape(nodes, gpus // nodes, -1), old.reshape(nodes, gpus // nodes, -1)) if pays else old
-        for new, old, pays in zip(fresh, current, after < before * (1 - threshold), strict=True)
+        _aligned(new.reshape(nodes, gpus // nodes, -1), old.reshape(nodes, gpus // nodes, -1)) if moves else old
+        for new, old, moves in zip(fresh, current, pays, strict=True)
     ]
     return index_replicas(np.stack(rows), load.shape[1])
 
@@ -82,7 +84,13 @@ def gpu_loads(load: Num[np.ndarray, "l e"], physical_to_logical: Int[np.ndarray,
 
 def imbalance(load: Num[np.ndarray, "l e"], physical_to_logical: Int[np.ndarray, "l slots"], gpus: int) -> Float[np.ndarray, " l"]:
     """Load of the busiest GPU over the mean: 1 is perfect. A layer without load counts as balanced."""
-    return _busiest_over_mean(gpu_loads(load, physical_to_logical, gpus))
+    return busiest_over_mean(gpu_loads(load, physical_to_logical, gpus))
+
+
+def busiest_over_mean(loads: Float[np.ndarray, "*l gpus"]) -> Float[np.ndarray, "*l"]:
+    """Imbalance of loads that are already those of GPUs."""
+    mean = loads.mean(-1)
+    return np.where(mean > 0, loads.max(-1) / np.where(mean > 0, mean, 1), 1.0)
 
 
 def plain_loads(load: Num[np.ndarray, "l e"], groups: int, nodes: int, gpus: int) -> Float[np.ndarray, "l gpus"]:
@@ -96,7 +104,7 @@ def plain_loads(load: Num[np.ndarray, "l e"], groups: int, nodes: int, gpus: int
 
 def plain_imbalance(load: Num[np.ndarray, "l e"], groups: int, nodes: int, gpus: int) -> Float[np.ndarray, " l"]:
     """`imbalance` without redundant experts."""
-    return _busiest_over_mean(plain_loads(load, groups, nodes, gpus))
+    return busiest_over_mean(plain_loads(load, groups, nodes, gpus))
 
 
 def moved_slots(old: Int[np.ndarray, "l slots"], new: Int[np.ndarray, "l slots"]) -> Int[np.ndarray, " l"]:
@@ -161,20 +169,34 @@ def _homes(experts: int, nodes: int, gpus: int) -> list[np.ndarray]:
     return homes
 
 
+def _spans_nodes(group_of_slot: np.ndarray, nodes: int) -> np.ndarray:
+    """Whether a group of the layer lies on more than one node."""
+    homes = group_of_slot.reshape(len(group_of_slot), nodes, -1)
+    present = np.stack([(homes == group).any(-1).sum(-1) for group in range(group_of_slot.max() + 1)])
+    return (present > 1).any(0)
+
+
 def _aligned(new: np.ndarray, old: np.ndarray) -> np.ndarray:
     """Slots of `new` [nodes, gpus, slots] with nodes, GPUs of a node and slots of a GPU in the order that agrees most with `old`."""
-    nodes = new[_matching(new.reshape(len(new), -1), old.reshape(len(old), -1))]
-    gpus = np.stack([mine[_matching(mine, theirs)] for mine, theirs in zip(nodes, old, strict=True)])
-    rows = [_in_old_slots(*pair) for pair in zip(gpus.reshape(-1, new.shape[2]), old.reshape(-1, new.shape[2]), strict=True)]
-    return np.concatenate(rows)
+    nodes, gpus, slots = new.shape
+    kept = _common(old.reshape(-1, slots), new.reshape(-1, slots)).reshape(nodes, gpus, nodes, gpus).swapaxes(1, 2)
+    matchings = np.array([[_matching(pair) for pair in row] for row in kept])  # [old node, new node, old GPU]
+    # A pair of nodes is worth what can stay on its GPUs; the experts that the whole nodes share may all lie on other GPUs.
+    node_of = _matching(np.take_along_axis(kept, matchings[..., None], axis=3).sum((2, 3)))
+    named = np.concatenate([new[node][matchings[place, node]] for place, node in enumerate(node_of)])
+    return np.concatenate([_in_old_slots(*pair) for pair in zip(named, old.reshape(-1, slots), strict=True)])
 
 
-def _matching(new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """For each row of `old` the row of `new` that takes its place, so that most experts stay."""
+def _common(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """How many experts each GPU of `old` shares with each of `new`, copies counted."""
     experts = max(new.max(), old.max()) + 1
     contents = [np.stack([np.bincount(row, minlength=experts) for row in rows]) for rows in (old, new)]
-    common = np.minimum(contents[0][:, None], contents[1][None]).sum(-1)
-    return linear_sum_assignment(common, maximize=True)[1]
+    return np.minimum(contents[0][:, None], contents[1][None]).sum(-1)
+
+
+def _matching(kept: np.ndarray) -> np.ndarray:
+    """For each row the column that takes its place, so that the most is kept."""
+    return linear_sum_assignment(kept, maximize=True)[1]
 
 
 def _in_old_slots(new: np.ndarray, old: np.ndarray) -> np.ndarray:
@@ -186,11 +208,6 @@ def _in_old_slots(new: np.ndarray, old: np.ndarray) -> np.ndarray:
             slots[slot] = expert
     slots[slots < 0] = left
     return slots
-
-
-def _busiest_over_mean(loads: np.ndarray) -> np.ndarray:
-    mean = loads.mean(-1)
-    return np.where(mean > 0, loads.max(-1) / np.where(mean > 0, mean, 1), 1.0)
 
 
 def _checked_shape(load: np.ndarray, replicas: int, groups: int, nodes: int, gpus: int) -> _Shape:

@@ -31,7 +31,7 @@ CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
 SEEDS = study.define_seeds()
 # The loss-free paper's baseline has 0.001, V2 0.003 an expert-level term; 150 steps have no time for so little.
-ALPHA = flags.DEFINE_float("alpha", 0.01, "model.aux_loss_alpha of all strategies but loss-free.", lower_bound=0.0)
+ALPHA = cli.define_float("alpha", 0.01, "model.aux_loss_alpha of all strategies but loss-free.", lower_bound=0.0)
 CHOSEN = flags.DEFINE_list("strategies", list(STRATEGIES), "Strategies to train; sequence_wise must be one.")
 TIMES = flags.DEFINE_integer("times", 10, "Times that a run is measured.", lower_bound=1)
 

@@ -42,6 +42,9 @@ def main() -> int:
     config, workdir = study.read_config(CONFIG, STEPS.value), Path(WORKDIR.value)
     if not config.model.num_nextn_predict_layers:
         raise ConfigError("config.model.num_nextn_predict_layers", 0, "must be at least 1: the study compares with none")
+    if config.train.sequence_length < 4:
+        remedy = "must be at least 4: half of it is prompt, the rest is drafted"
+        raise ConfigError("config.train.sequence_length", config.train.sequence_length, remedy)
     more = study.read_config(CONFIG, _equal_compute(config))
     none = {"num_nextn_predict_layers": 0}
     settings = {"drafts": DRAFTS.value, "prompts": PROMPTS.value}

@@ -43,7 +43,8 @@ def main() -> int:
     figure, (ax,) = panels("Loss against traffic, by the most nodes a token")
     for name, values in losses.items():
         x, y = sent[name], values
-        ax.errorbar(x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt="o", capsize=3, label=f"M = {name}")
+        bars = {f"{axis}err": seeds.std(ddof=min(1, len(seeds) - 1)) for axis, seeds in (("x", x), ("y", y))}
+        ax.errorbar(x.mean(), y.mean(), **bars, fmt="o", capsize=3, label=f"M = {name}")
     ax.set(xlabel="bytes a token over InfiniBand, one layer, forward", ylabel="validation loss, nats", xlim=(0, None))
     ax.legend()
     rows = [
@@ -61,6 +62,8 @@ def _variants(config: Config) -> dict[str, Config]:
     """By M. Raises ConfigError for one that is no number or that limits nothing."""
     m = config.model
     most = min(m.n_group, m.num_experts_per_tok) - 1
+    if most < 1:
+        raise ConfigError("config.model.n_group", m.n_group, "and config.model.num_experts_per_tok must both be at least 2 to limit nodes")
     if not LIMITS.value or not all(limit.isdecimal() and 0 < int(limit) <= most for limit in LIMITS.value):
         below = f"model.n_group = {m.n_group} and model.num_experts_per_tok = {m.num_experts_per_tok}"
         raise ConfigError("--limits", ",".join(LIMITS.value), f"name numbers from 1 to {most}, below {below}, or raise these")

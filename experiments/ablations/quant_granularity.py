@@ -37,8 +37,9 @@ def main() -> int:
     variants = _variants(config)
     fp8 = [name for name in variants if name != "none"]
     workdir, text = Path(WORKDIR.value), study.open_text(config, Path(WORKDIR.value))
+    study.check_kept(variants, workdir)
     _, state = study.train_variant("none", variants["none"], text, workdir)
-    curves = study.train_variants(variants, workdir)
+    curves = study.train_variants(variants, workdir, text=text)
     recipes = {name: dataclasses.replace(Recipe.of(variants[name].precision), impl="reference") for name in fp8}
     errors: Errors = {}
     for layer, products in enumerate(products_of(state, variants["none"], _rows(config, text))):

@@ -32,7 +32,7 @@ from experiments.ablations.routing import check_routed, loads_of, mutual_informa
 CONFIG = cli.define_config()
 STEPS, WORKDIR = study.define_flags(steps=150)
 SEEDS = study.define_seeds()
-ALPHA = flags.DEFINE_float("alpha", 0.01, "model.aux_loss_alpha of the auxiliary loss.", lower_bound=0.0)
+ALPHA = cli.define_float("alpha", 0.01, "model.aux_loss_alpha of the auxiliary loss.", lower_bound=0.0)
 DOMAIN_KIB = flags.DEFINE_integer("domain_kib", 320, "Most KiB of text of a domain.", lower_bound=1)
 FOLDERS = flags.DEFINE_list("folders", [], "Folders to find text in, beside Python's own.")
 

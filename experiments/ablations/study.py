@@ -122,11 +122,18 @@ def train_seeds(
 
 def train_variants(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None, text: Text | None = None) -> dict[str, Curve]:
     """Trains each variant from its seed, on text in the order that its seed gives; returns the curves by name."""
+    check_kept(variants, workdir, watch)
     text = text or open_text(next(iter(variants.values())), workdir)
     return {
         name: _done(config, workdir / f"{name}.json", watch) or train_variant(name, config, text, workdir, watch)[0]
         for name, config in variants.items()
     }
+
+
+def check_kept(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None) -> None:
+    """Raises ConfigError, before any is trained, if the workdir has one of these variants with another configuration."""
+    for name, config in variants.items():
+        _done(config, workdir / f"{name}.json", watch)
 
 
 def _done(config: Config, path: Path, watch: Watch | None) -> Curve | None:

@@ -1,3 +1,5 @@
+from itertools import permutations, product
+
 import jax
 import numpy as np
 import pytest
@@ -80,6 +82,38 @@ def test_little_is_moved(unit, seed):
     np.testing.assert_array_equal(moved.physical_to_logical[~pays], old[~pays])
     np.testing.assert_allclose(after[pays], best[pays], rtol=1e-9)  # named otherwise, balanced the same
     assert (moved_slots(old, moved.physical_to_logical) <= moved_slots(old, fresh)).all()
+
+
+def fewest_moved(old: np.ndarray, fresh: np.ndarray, nodes: int, gpus: int) -> int:
+    """Of all ways to name the nodes and the GPUs of a node; slots of a GPU may change places."""
+    theirs, mine = (row.reshape(nodes, gpus // nodes, -1) for row in (old, fresh))
+    counts = [[np.bincount(gpu, minlength=old.max() + 1) for gpu in node] for node in (*theirs, *mine)]
+    kept = np.array([[np.minimum(np.array(a)[:, None], np.array(b)).sum(-1) for b in counts[nodes:]] for a in counts[:nodes]])
+    places, orders = range(nodes), list(permutations(range(gpus // nodes)))
+    best = max(
+        sum(kept[node, named[node], gpu, order[node][gpu]] for node in places for gpu in range(gpus // nodes))
+        for named, order in product(permutations(places), product(orders, repeat=nodes))
+    )
+    return old.size - int(best)
+
+
+@pytest.mark.parametrize(("experts", "replicas", "groups", "nodes", "gpus"), [(8, 12, 2, 2, 4), (12, 18, 3, 3, 6), (12, 12, 3, 3, 6)])
+def test_as_few_slots_move_as_names_of_nodes_and_gpus_allow(experts, replicas, groups, nodes, gpus):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        load, current = rng.lognormal(0, 1, (1, experts)), rng.permutation(np.arange(replicas) % experts)[None]
+        wanted = place_experts(load, replicas, groups, nodes, gpus).physical_to_logical
+        moved = replace_experts(load, current, groups, nodes, gpus, threshold=-9.0).physical_to_logical
+        assert moved_slots(current, moved)[0] == fewest_moved(current[0], wanted[0], nodes, gpus)
+
+
+@pytest.mark.parametrize(("nodes", "stays"), [(2, False), (1, True)])
+def test_a_group_that_spans_nodes_is_brought_together(nodes, stays):
+    current = np.array([[0, 2, 4, 6, 1, 3, 5, 7]])
+    placed = replace_experts(np.ones((1, 8)), current, 2, nodes, 4, threshold=0.05).physical_to_logical
+    assert np.array_equal(placed, current) == stays
+    if not stays:
+        assert all(len(set(node)) == 1 for node in (placed.reshape(nodes, -1) // 4).tolist())
 
 
 @pytest.mark.parametrize(
