@@ -54,8 +54,9 @@ _NOT_NEGATIVE = (
     "optimizer.final_lr", "optimizer.tail_lr", "optimizer.warmup_tokens", "optimizer.constant_tokens",
     "optimizer.cosine_tokens", "optimizer.tail_tokens", "optimizer.weight_decay", "train.batch_ramp_tokens",
     "train.bias_update_speed", "train.bias_update_tokens", "train.mtp_switch_tokens", "train.mtp_loss_weight",
-    "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim", "train.mtp_loss_weight_late", "train.seed", "data.seed",
+    "model.rope_scaling.mscale", "model.rope_scaling.mscale_all_dim", "train.mtp_loss_weight_late",
 )  # fmt: skip
+_SEEDS = ("train.seed", "data.seed")
 _FRACTIONS = ("data.held_out", "data.fim_rate", "data.boundary_split_rate", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 
 
@@ -81,6 +82,8 @@ def validate(config: Any) -> None:
     for path in _NOT_NEGATIVE:
         value = _get(config, path)
         _require(value is None or value >= 0, config, path, "must not be negative")
+    for path in _SEEDS:  # a random key takes 32 bits: JAX would drop the others, and seeds would repeat
+        _require(0 <= _get(config, path) < 2**32, config, path, f"must lie in 0..{2**32 - 1}")
     for path in _FRACTIONS:
         _require(0 <= _get(config, path) < 1, config, path, "must lie in [0, 1)")
     _validate_model(config)

@@ -98,6 +98,11 @@ def define_float(
     return flags.DEFINE(_FiniteParser(lower_bound, upper_bound), name, default, text, serializer=flags.ArgumentSerializer())
 
 
+def define_seed(text: str) -> flags.FlagHolder:
+    """The `--seed` flag, as large as a random key takes: JAX drops the bits above that, so that larger seeds would repeat."""
+    return flags.DEFINE_integer("seed", 0, text, lower_bound=0, upper_bound=2**32 - 1)
+
+
 def read_config(holder: flags.FlagHolder) -> Config:
     """The frozen configuration. Raises ConfigError."""
     holder.value.update_from_flattened_dict(dict.fromkeys(_none_fields))

@@ -21,7 +21,7 @@ FROM = flags.DEFINE_string("from", None, "Checkpoint or run (workdir) to read.")
 TO_HF = flags.DEFINE_string("to_hf", None, "Folder in the public layout to write; with --from.")
 DTYPE = flags.DEFINE_enum("dtype", "source", ["source", "float32", "bfloat16"], "Dtype to write; source: as stored, FP8 with its scales.")
 EMA = flags.DEFINE_bool("ema", False, "Export the moving average of a run's parameters.")
-SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Largest .safetensors file, in GB.", lower_bound=0.001)
+SHARD_GB = cli.define_float("shard_gb", 5.0, "Largest .safetensors file, in GB.", lower_bound=0.001)
 
 
 def main() -> int:

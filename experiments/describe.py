@@ -19,8 +19,8 @@ from experiments import cli
 from experiments.output import check_outputs, gib, table
 
 CONFIG = cli.define_config()
-TOKENS = flags.DEFINE_float("tokens", None, "Tokens to train on. Without it: those of train.steps.")
-UTILISATION = flags.DEFINE_float("utilisation", None, "Share of the H800's BF16 peak that training reaches, above 0 and at most 1. "
+TOKENS = cli.define_float("tokens", None, "Tokens to train on. Without it: those of train.steps.")
+UTILISATION = cli.define_float("utilisation", None, "Share of the H800's BF16 peak that training reaches, above 0 and at most 1. "
                                  "Without it: what V3's published hours imply.")  # fmt: skip
 BATCH = flags.DEFINE_integer("batch", 1, "Sequences in the latent cache.", lower_bound=1)
 LENGTH = flags.DEFINE_integer("length", None, "Tokens of each of them. Without it: model.max_position_embeddings.", lower_bound=1)
@@ -44,8 +44,8 @@ def main() -> int:
 
 def _check_flags() -> None:
     tokens, utilisation = TOKENS.value, UTILISATION.value
-    if tokens is not None and not 0 < tokens < math.inf:
-        raise ConfigError("--tokens", tokens, "must be above 0, and finite")
+    if tokens is not None and tokens <= 0:
+        raise ConfigError("--tokens", tokens, "must be above 0")
     if utilisation is not None and not 0 < utilisation <= 1:
         raise ConfigError("--utilisation", utilisation, "must be above 0 and at most 1")
     check_outputs(JSON)

@@ -26,7 +26,7 @@ TEMPERATURE = cli.define_float("temperature", 0.7, "0 takes the most likely toke
 TOP_P = cli.define_float(
     "top_p", 0.9, "Draw from the most likely tokens that hold this share of probability.", lower_bound=0.0, upper_bound=1.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0, upper_bound=2**63 - 1)
+SEED = cli.define_seed("The same seed gives the same text.")
 CHAT = flags.DEFINE_bool("chat", False, "Take the prompt as a user's message, in the chat template beside the tokenizer.")
 SPECULATIVE = sources.define_speculative()
 

@@ -1,5 +1,6 @@
 """What commands print and write: tables, sizes, pictures, and paths that can be written to."""
 
+import errno
 import io
 import os
 import tempfile
@@ -11,6 +12,7 @@ from typing import Any
 from absl import flags
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.files import is_special
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> str:
@@ -21,7 +23,7 @@ def table(rows: Sequence[Sequence[str]], align: str) -> str:
 
 
 def check_output(flag: str, name: str) -> None:
-    """Raises ConfigError unless `name` can become a file: for a command to call before it works."""
+    """Raises ConfigError unless `name` can become a file, or can be written to as it is: for a command to call before it works."""
     folder = Path(name).parent
     try:
         if not folder.is_dir():
@@ -34,6 +36,10 @@ def check_output(flag: str, name: str) -> None:
 
 
 def _try_to_write(path: Path) -> None:
+    if is_special(path):  # it is written to and not replaced; opening it to find out could wait for a pipe's reader
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it cannot be written to")
+        return
     with suppress(FileNotFoundError):
         os.stat(f"{path}.tmp")  # the longer name, which `write_atomically` takes first, may be too long
     with tempfile.TemporaryFile(dir=path.parent):  # permissions do not tell: root has them all, in /proc and on a read-only disk

@@ -23,11 +23,11 @@ P = flags.DEFINE_integer("P", 8, "Pipeline ranks.")
 M = flags.DEFINE_integer("M", 20, "Micro-batches of a step.")
 SCHEDULE = flags.DEFINE_string("schedule", "dualpipe", f"The one to draw and to write: {', '.join(GENERATORS)}.")
 COSTS = {
-    "F": flags.DEFINE_float("F", 1.0, "Cost of a forward pass."),
-    "B": flags.DEFINE_float("B", 2.0, "Cost of a full backward pass."),
-    "W": flags.DEFINE_float("W", 1.0, "Cost of its weight part."),
-    "FB": flags.DEFINE_float("FB", None, "Cost of a forward and a backward pass overlapped. Without it: F + B."),
-    "communication": flags.DEFINE_float("communication", 0.0, "Time until a neighbour has what a rank computed."),
+    "F": cli.define_float("F", 1.0, "Cost of a forward pass."),
+    "B": cli.define_float("B", 2.0, "Cost of a full backward pass."),
+    "W": cli.define_float("W", 1.0, "Cost of its weight part."),
+    "FB": cli.define_float("FB", None, "Cost of a forward and a backward pass overlapped. Without it: F + B."),
+    "communication": cli.define_float("communication", 0.0, "Time until a neighbour has what a rank computed."),
 }
 FIGURE = flags.DEFINE_string("figure", "pipeline", "Path of the picture, without .png and .svg.")
 JSON = flags.DEFINE_string("json", None, "File to write the ranks' operations to.")

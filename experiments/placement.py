@@ -39,7 +39,7 @@ STEP_TOKENS = flags.DEFINE_integer("step_tokens", 8192, "Tokens of a step, over 
 SPREAD = cli.define_float(
     "spread", 0.5, "How far the loads of a step stray: deviation of their logarithm.", lower_bound=0.0, upper_bound=10.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Of the steps that are drawn.", lower_bound=0)
+SEED = cli.define_seed("Of the steps that are drawn.")
 JSON = flags.DEFINE_string("json", None, "File to write the placement to.")
 FIGURE = flags.DEFINE_string("figure", "placement", "Path of the picture, without .png and .svg.")
 

@@ -1,5 +1,7 @@
 """A wrong command ends with status 2 and one line that names the field, its value and the remedy, before anything is written."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +75,17 @@ def test_wrong_configuration_file(tmp_path: Path, statement: str, parts: list[st
     assert not (tmp_path / "run").exists()
 
 
+def test_output_that_is_no_regular_file_stays_what_it_is(tmp_path: Path):
+    pipe = tmp_path / "out.json"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # the report fits into the pipe, and waits there
+    done = run("describe", TINY, f"--json={pipe}")
+    assert done.returncode == 0, done.stderr
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+    assert "parameters" in json.loads(os.read(reader, 2**16))
+    os.close(reader)
+
+
 def test_missing_workdir():
     assert_refused(run("pretrain", TINY), "--workdir", "None")
 
@@ -106,6 +119,32 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, module: str):
     assert_refused(done, f"--workdir = '{letter / 'run'}'", "no such folder can be made", "name another")
 
 
+def test_a_study_takes_its_steps_from_one_place(tmp_path: Path):
+    done = run("ablations.balancing", TINY, "--config.train.steps=3", f"--workdir={tmp_path / 'run'}")
+    assert_refused(done, "config.train.steps = 3", "a study trains for --steps; set that instead")
+    assert not (tmp_path / "run").exists()
+    assert "--steps: Training steps of every variant, in the place of train.steps" in run("ablations.balancing", "--help").stdout
+
+
+def test_text_of_domains_is_not_taken_for_what_other_flags_would_find(tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text.made_from.json").write_text('{"--domain_kib": 64, "--folders": []}')
+    arguments = [TINY, f"--workdir={tmp_path}"]
+    remedy = "give that value or a new --workdir"
+    done = run("ablations.specialization", *arguments, "--domain_kib=32")
+    assert_refused(done, "--domain_kib = 32", f"{tmp_path / 'text'} was made from 64", remedy)
+    done = run("ablations.specialization", *arguments, "--domain_kib=64", "--folders=docs")
+    assert_refused(done, f"--folders = ['{ROOT / 'docs'}']", "was made from []", remedy)
+
+
+def test_haystacks_longer_than_the_text_are_found_before_training(tmp_path: Path):
+    micro = ["--config=tests/micro_config.py", "--config.model.vocab_size=600", "--config.train.sequence_length=48"]
+    done = run("ablations.long_context", *micro, "--lengths=1,4000", "--trials=1", f"--workdir={tmp_path}")
+    assert done.returncode == 2, done.stderr
+    assert "--lengths = 4000: for haystacks of 192000 tokens the held-out text has" in done.stderr
+    assert "step/s" not in done.stderr and not list(tmp_path.glob("short-*.json"))
+
+
 @pytest.mark.parametrize(("module", "arguments"), [("generate", ["--prompt=def"]), ("evaluate", [])])
 def test_no_run_to_use(tmp_path: Path, module: str, arguments: list[str]):
     done = run(module, f"--workdir={tmp_path / 'run'}", *arguments)
@@ -135,13 +174,28 @@ def test_help(module: str):
         ("generate", "--temperature=nan", "not a finite number"),
         ("generate", "--temperature=inf", "not a finite number"),
         ("generate", "--top_p=nan", "not a finite number"),
-        ("generate", f"--seed={2**63}", f"[0, {2**63 - 1}]"),
+        ("generate", f"--seed={2**32}", f"[0, {2**32 - 1}]"),
+        ("placement", f"--seed={2**32}", f"[0, {2**32 - 1}]"),
         ("serve", "--timeout=nan", "not a finite number"),
+        ("convert", "--shard_gb=nan", "not a finite number"),
+        ("convert", "--shard_gb=0", "0.001"),
+        ("describe", "--tokens=nan", "not a finite number"),
+        ("describe", "--utilisation=nan", "not a finite number"),
+        ("pipeline", "--F=nan", "not a finite number"),
+        ("pipeline", "--B=inf", "not a finite number"),
+        ("pipeline", "--W=nan", "not a finite number"),
+        ("pipeline", "--FB=inf", "not a finite number"),
+        ("pipeline", "--communication=inf", "not a finite number"),
+        ("bench.dispatch", "--bound=nan", "not a finite number"),
+        ("bench.deploy", "--dispatch_bound=nan", "not a finite number"),
+        ("bench.deploy", "--dispatch_bound=0.5", ">= 1.0"),
+        ("bench.transports", "--bound=nan", "not a finite number"),
     ],
 )
 def test_numbers_that_bounds_let_through(module: str, flag: str, reason: str):
-    prompt = ["--prompt=def"] if module == "generate" else []
-    assert_refused(run(module, "--workdir=runs/none", *prompt, flag), flag, reason)
+    needed = {"generate": ["--workdir=runs/none", "--prompt=def"], "serve": ["--workdir=runs/none"], "placement": ["--loads=none.npy"]}
+    others = [TINY] if module.startswith(("describe", "bench.")) else []
+    assert_refused(run(module, *needed.get(module, others), flag), flag.split("=")[0], flag.split("=")[1], reason)
 
 
 def test_prompt_that_is_not_utf8():

@@ -45,7 +45,7 @@ def test_v3_from_the_command_line(tmp_path: Path):
     ("argument", "words"),
     [
         ("--utilisation=1.5", ["--utilisation", "1.5", "at most 1"]),
-        ("--tokens=nan", ["--tokens", "above 0"]),
+        ("--tokens=0", ["--tokens", "above 0"]),
         ("--json=missing/out.json", ["--json", "missing"]),
         ("--json=configs", ["--json", "configs", "folder"]),
         ("--config.train.remat=half", ["config.train.remat", "half", "selective"]),

@@ -29,7 +29,7 @@ def test_the_command_draws_prints_and_writes_what_it_says(tmp_path: Path):
         (["--M=12"], ["M = 12", "at least 2 P = 16"]),
         (["--schedule=dualpip"], ["schedule = 'dualpip'", "did you mean 'dualpipe'"]),
         (["--W=5"], ["W = 5.0", "above B = 2.0"]),
-        (["--F=nan"], ["F = nan", "negative"]),
+        (["--F=-1"], ["F = -1.0", "negative"]),
         (["--json=nowhere/ops.json"], ["--json = 'nowhere/ops.json'", "there is no folder nowhere"]),
     ],
 )

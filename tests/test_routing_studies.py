@@ -1,10 +1,12 @@
 """What the studies of routing count: loads of picked experts, mutual information with domains, and text by domain."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError, ModelConfig
-from experiments.ablations.domains import PIECE, domain_of, write_domains
+from experiments.ablations.domains import PIECE, domain_of, text_source, write_domains
 from experiments.ablations.routing import check_routed, loads_of, mutual_information
 
 
@@ -41,6 +43,12 @@ def test_mutual_information_of_domain_and_expert(load, bits):
 )  # fmt: skip
 def test_the_domain_of_a_file_is_in_its_name(name, domain, tmp_path):
     assert domain_of(tmp_path / name) == domain
+
+
+def test_the_source_is_the_same_for_every_spelling_of_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spelt = (tmp_path / "run" / "text", Path("run/text"), Path("../", tmp_path.name, "run/text"))
+    assert {text_source(folder) for folder in spelt} == {f"text:{tmp_path.resolve()}/run/text/*/*.txt"}
 
 
 def test_text_is_cut_once_and_no_more_than_is_asked_for(tmp_path):

@@ -11,7 +11,7 @@ from dsv3_jax.training.tokenizer import train_tokenizer
 from experiments.ablations import study
 from experiments.ablations.extension import extended
 from experiments.ablations.infill import _take_line, make_problems
-from experiments.ablations.needles import WithNeedles, choose_words, hide
+from experiments.ablations.needles import WithNeedles, choose_words, hide, make_haystacks
 from experiments.ablations.texts import pieces
 from tests import micro_config
 
@@ -60,6 +60,19 @@ def test_a_haystack_ends_with_the_word_that_stands_at_that_depth(text, depth):
     assert abs(said[0] - depth * length) < 12
     with pytest.raises(ConfigError, match=r"config\.train\.sequence_length = 3"):
         hide(hay, 3, depth, words, text.tokenizer, seed=3)
+
+
+def test_haystacks_lie_by_depth_and_are_as_long_as_was_asked_for(text):
+    words = choose_words(text.tokenizer)
+    rows = make_haystacks(text, words, 3, 40, (0.0, 1.0), trials=2)
+    assert rows.shape == (4, 120)
+    mark = text.tokenizer.encode(">>").ids[0]
+    first = [row.tolist().index(mark) for row in rows]
+    assert max(first[:2]) < 5 and min(first[2:]) > 100
+    with pytest.raises(ConfigError, match=r"--lengths = 1: for haystacks of 3 tokens needle and question have \d+ tokens; raise it"):
+        make_haystacks(text, words, 1, 3, (0.0,), trials=1)
+    with pytest.raises(ConfigError, match=r"--lengths = 4000: for haystacks of 160000 tokens the held-out text has \d+ tokens"):
+        make_haystacks(text, words, 4000, 40, (0.0,), trials=1)
 
 
 def test_a_vocabulary_without_words_is_refused():

@@ -1,7 +1,6 @@
 """Loss, bits per byte and MTP accuracy of a model on rows of held-out tokens; logits of given ones."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from jaxtyping import Array, Int
 from tqdm import tqdm
 
 from dsv3_jax.config import ConfigError, ModelConfig
+from dsv3_jax.files import replacing
 from dsv3_jax.model.loss import HeadSums, Losses
 from dsv3_jax.model.mtp import target_weights
 from dsv3_jax.model.transformer import Execution, Params, RouterBias, logits, trunk
@@ -86,15 +86,11 @@ def write_logits(params: Params, bias: RouterBias, tokens_file: Path, target: Pa
     def forward(params: Params, bias: RouterBias, row: Array) -> Array:
         return logits(params, trunk(params, bias, row[None], config, execution).hidden)[0]
 
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        out = np.lib.format.open_memmap(draft, "w+", np.float32, (*tokens.shape, config.vocab_size))
-        for i, row in enumerate(tqdm(tokens, "Logits", unit="row", disable=None)):
-            out[i] = forward(params, bias, jax.numpy.asarray(row, jax.numpy.int32))
-        out.flush()
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(target) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (*tokens.shape, config.vocab_size)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for row in tqdm(tokens, "Logits", unit="row", disable=None):
+            file.write(np.asarray(forward(params, bias, jax.numpy.asarray(row, jax.numpy.int32)), "<f4").tobytes())
 
 
 def _read_tokens(path: Path, config: ModelConfig) -> np.ndarray:

@@ -8,7 +8,6 @@ as null, because NaN and Infinity are not JSON.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float, Num
 from tensorboardX import SummaryWriter
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.files import replacing
 
 METRICS_FILE = "metrics.jsonl"
 LOAD_FILE = "expert_load.jsonl"
@@ -34,10 +34,9 @@ def max_vio(load: Num[Array | np.ndarray, "*l e"]) -> Float[Array | np.ndarray, 
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replaces the file in one move, so a reader or a kill never meets half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
+    """Replaces the file in one move; a device, a pipe or a link is written to instead."""
+    with replacing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:

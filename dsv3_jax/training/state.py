@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int, PyTree, UInt32
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.init import SMALL_LEAF, init_params, init_router_bias
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 
 
 def create_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, seed: Int[Array, ""] | int | None = None
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, seed: UInt32[Array, ""] | int | None = None
 ) -> TrainState:
     """Fresh state from `seed` (None: `train.seed`); pure, so that `jit` can place it with any sharding, on `mesh`."""
     params = init_params(config.model, jax.random.key(config.train.seed if seed is None else seed))

@@ -18,7 +18,7 @@ from experiments import cli
 from experiments.ablations import study
 from experiments.output import panels
 
-STEPS, WORKDIR = study.define_flags(steps=4)
+STEPS, WORKDIR = study.define_flags(steps=4, text="Pairs of random matrices that an error is the mean over.")
 BITS = flags.DEFINE_integer("bits", 14, "Bits of the running sum.", lower_bound=2, upper_bound=24)
 ROWS = flags.DEFINE_integer("rows", 32, "The matrices have so many rows and columns.", lower_bound=1)
 LARGEST_K = flags.DEFINE_integer("largest_k", 4096, "Longest sum.", lower_bound=128)

@@ -57,6 +57,11 @@ def write_domains(target: Path, sources: Sequence[Path], most: int) -> dict[str,
     return {domain: sum(path.stat().st_size for path in (target / domain).iterdir()) for domain in ENDINGS}
 
 
+def text_source(folder: Path) -> str:
+    """`config.data.source` for what `write_domains` wrote there, the same for every spelling of the folder's path."""
+    return f"text:{folder.resolve()}/*/*.txt"
+
+
 def _files(sources: Sequence[Path]) -> dict[str, list[Path]]:
     """The files of each domain, in the order of the hashes of their paths below their source."""
     found: dict[str, list[tuple[str, Path]]] = {domain: [] for domain in ENDINGS}

@@ -107,7 +107,7 @@ def _plot(curves: dict[str, list[study.Curve]], figures: dict[str, dict[str, np.
     places, kinds = np.arange(len(figures)), (("tokens", "prefix, suffix"), ("prefix_tokens", "prefix alone"))
     for shift, (key, label) in zip((-0.2, 0.2), kinds, strict=True):
         values = 100 * np.stack([of[key] for of in figures.values()])
-        infill.bar(places + shift, values.mean(1), 0.38, yerr=values.std(1, ddof=min(1, values.shape[1] - 1)), label=label)
+        infill.bar(places + shift, values.mean(1), 0.38, yerr=study.deviation(values, axis=1), label=label)
     infill.set_xticks(places, [name.replace("-", " ") for name in figures])
     infill.set(ylabel="tokens of a held-out line right, %")
     infill.legend()

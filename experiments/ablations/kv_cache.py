@@ -33,7 +33,7 @@ PUBLISHED = 2.25  # groups
 
 
 def main() -> int:
-    config = study.read_config(CONFIG, STEPS.value) if STEPS.value else cli.read_config(CONFIG)
+    config = study.read_config(CONFIG, STEPS.value)
     heads, workdir = config.model.num_attention_heads, Path(WORKDIR.value)
     if heads % GROUPS.value:
         raise ConfigError("--groups", GROUPS.value, f"must divide model.num_attention_heads = {heads}")
@@ -108,8 +108,8 @@ def _numbers(model: ModelConfig) -> int:
 
 def _draw_losses(ax: Axes, models: _Models, losses: _Losses) -> None:
     for name, values in losses.items():
-        spread = values.std(ddof=min(1, len(values) - 1))
-        ax.errorbar(_numbers(models[name]), values.mean(), yerr=spread, fmt="o", capsize=3, label=f"{name}, equal parameters")
+        label = f"{name}, equal parameters"
+        ax.errorbar(_numbers(models[name]), values.mean(), yerr=study.deviation(values), fmt="o", capsize=3, label=label)
     ax.set(xlabel="numbers a token and layer", ylabel="validation loss, nats", xscale="log")
     ax.legend()
 

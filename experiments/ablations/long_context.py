@@ -17,16 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from dsv3_jax.config import Config, ConfigError
-from dsv3_jax.training.data import validation_rows
 from dsv3_jax.training.state import TrainState
 from experiments import cli
 from experiments.ablations import study
 from experiments.ablations.extension import extended
-from experiments.ablations.needles import WithNeedles, choose_words, hide
+from experiments.ablations.needles import WithNeedles, choose_words, make_haystacks
 from experiments.ablations.scoring import score_tokens
 from experiments.ablations.texts import characters_per_token, pieces, trained_on
 
@@ -38,6 +37,7 @@ LENGTHS = flags.DEFINE_list("lengths", ["1", "4", "8", "32"], "Lengths of haysta
 TRIALS = flags.DEFINE_integer("trials", 16, "Haystacks of each length and depth, for every seed.", lower_bound=1)
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+Haystacks = Int[np.ndarray, "n t"]  # of one length
 BEFORE, LINEAR, PHASE_1, PHASE_2 = MODELS = ("before", "linear x4", "YaRN x8", "YaRN x32")
 
 
@@ -54,18 +54,19 @@ class Task(NamedTuple):
 
 def main() -> int:
     config, workdir = study.read_config(CONFIG, STEPS.value), Path(WORKDIR.value)
-    lengths = [multiple * config.train.sequence_length for multiple in _multiples()]
-    text = study.open_text(config, workdir)
+    multiples, short = _multiples(), config.train.sequence_length
+    lengths, text = [multiple * short for multiple in multiples], study.open_text(config, workdir)
     task = Task(choose_words(text.tokenizer), characters_per_token(text))
+    haystacks = [make_haystacks(text, task.words, multiple, short, DEPTHS, TRIALS.value) for multiple in multiples]
     settings = {"lengths": lengths, "trials": TRIALS.value, "extension_steps": EXTENSION.value}
-    watch = study.Watch(functools.partial(measure, text, task, lengths), settings=settings)
-    curves = study.train_seeds({"short": config}, SEEDS.value, workdir, watch, task.text(text, config.train.sequence_length))["short"]
+    watch = study.Watch(functools.partial(measure, text, task, haystacks), settings=settings)
+    curves = study.train_seeds({"short": config}, SEEDS.value, workdir, watch, task.text(text, short))["short"]
     found = {name: np.stack([curve.measured[name][-1] for curve in curves]) for name in MODELS}
     header = ["model", *(f"{length} tokens" for length in lengths)]
     rows = [[name, *(study.mean_std(100 * cell, 0) for cell in grids.mean(2).T)] for name, grids in found.items()]
     result = {"found": {name: grids.tolist() for name, grids in found.items()}, "depths": DEPTHS, "lengths": lengths}
     figure = _heat_maps(found, lengths)
-    study.finish(workdir, figure, study.markdown(header, rows), _verdict(found, config.train.sequence_length, lengths), result)
+    study.finish(workdir, figure, study.markdown(header, rows), _verdict(found, short, lengths), result)
     return 0
 
 
@@ -76,15 +77,15 @@ def _multiples() -> list[int]:
 
 
 def measure(
-    text: study.Text, task: Task, lengths: list[int], config: Config, state: TrainState, _: study.Text
+    text: study.Text, task: Task, haystacks: list[Haystacks], config: Config, state: TrainState, _: study.Text
 ) -> dict[str, Float[np.ndarray, "lengths depths"]]:
     """Extends a trained model each way; the share of needles that each model finds."""
-    grids = {BEFORE: find(text, task, lengths, config, state)}
+    grids = {BEFORE: find(text, haystacks, config, state)}
 
     def extend(name: str, start: TrainState, kind: str, factor: int) -> TrainState:
         longer = extended(config, kind, factor, EXTENSION.value)
         made = study.train(longer, task.text(text, longer.train.sequence_length), name, start=start)[0]
-        grids[name] = find(text, task, lengths, longer, made)
+        grids[name] = find(text, haystacks, longer, made)
         return made
 
     extend(LINEAR, state, "linear", 4)
@@ -92,14 +93,11 @@ def measure(
     return {name: grids[name] for name in MODELS}
 
 
-def find(text: study.Text, task: Task, lengths: list[int], config: Config, state: TrainState) -> Float[np.ndarray, "lengths depths"]:
+def find(text: study.Text, haystacks: list[Haystacks], config: Config, state: TrainState) -> Float[np.ndarray, "lengths depths"]:
     """Share of haystacks whose needle's word has the highest score of all tokens, for each length and depth."""
     shares = []
-    for length in lengths:
-        hay = validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, length, TRIALS.value)
-        trials = [(depth, trial) for depth in DEPTHS for trial in range(TRIALS.value)]
-        rows = np.stack([hide(hay[trial % len(hay)], length, depth, task.words, text.tokenizer, seed=trial) for depth, trial in trials])
-        at = np.full((len(rows), 1), length - 1)
+    for rows in haystacks:
+        at = np.full((len(rows), 1), rows.shape[1] - 1)
         hits = score_tokens(config, state, rows, at, text.vocabulary.eos_id, config.train.batch_size * config.train.sequence_length).hit
         shares.append(hits.reshape(len(DEPTHS), TRIALS.value).mean(1))
     return np.array(shares)

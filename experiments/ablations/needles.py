@@ -14,7 +14,9 @@ from jaxtyping import Int
 from tokenizers import Tokenizer
 
 from dsv3_jax.config import ConfigError
+from dsv3_jax.training.data import validation_rows
 from dsv3_jax.training.tokenizer import encode
+from experiments.ablations.study import Text
 
 MARK = ">>"
 _SHARE = 0.5  # most lines that a needle follows; texts have any share below, so that some repeats are far off
@@ -52,6 +54,21 @@ class WithNeedles:
             return needle * max(1, len(text) // _LENGTH)
         share = rng.uniform(0, _SHARE)
         return "".join(line + needle * (rng.random() < share) for line in text.splitlines(keepends=True))
+
+
+def make_haystacks(
+    text: Text, words: Sequence[str], multiple: int, length: int, depths: Sequence[float], trials: int
+) -> Int[np.ndarray, "n t"]:
+    """Held-out rows of `multiple` x `length` tokens with a needle hidden in each: `trials` of them at the first depth, then at the next.
+
+    Raises ConfigError for a multiple that the held-out text, or a needle, does not fit.
+    """
+    try:
+        hay = validation_rows(text.corpus.valid, text.tokenizer, text.vocabulary, multiple * length, trials)
+        rows = [hide(hay[i % len(hay)], multiple * length, depth, words, text.tokenizer, seed=i) for depth in depths for i in range(trials)]
+    except ConfigError as error:
+        raise ConfigError("--lengths", multiple, f"for haystacks of {multiple * length} tokens {error.remedy}") from error
+    return np.stack(rows)
 
 
 def hide(

@@ -43,7 +43,7 @@ def main() -> int:
     figure, (ax,) = panels("Loss against traffic, by the most nodes a token")
     for name, values in losses.items():
         x, y = sent[name], values
-        bars = {f"{axis}err": seeds.std(ddof=min(1, len(seeds) - 1)) for axis, seeds in (("x", x), ("y", y))}
+        bars = {f"{axis}err": study.deviation(seeds) for axis, seeds in (("x", x), ("y", y))}
         ax.errorbar(x.mean(), y.mean(), **bars, fmt="o", capsize=3, label=f"M = {name}")
     ax.set(xlabel="bytes a token over InfiniBand, one layer, forward", ylabel="validation loss, nats", xlim=(0, None))
     ax.legend()

@@ -26,7 +26,7 @@ from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.workdir import make_folder
 from experiments import cli
 from experiments.ablations import study
-from experiments.ablations.domains import ENDINGS, python_folders, write_domains
+from experiments.ablations.domains import ENDINGS, python_folders, text_source, write_domains
 from experiments.ablations.routing import check_routed, loads_of, mutual_information, picks_of
 
 CONFIG = cli.define_config()
@@ -45,14 +45,15 @@ def main() -> int:
     check_routed(config.model)
     workdir = Path(WORKDIR.value)
     make_folder(workdir)
-    sizes = write_domains(workdir / "text", [*python_folders(), *map(Path, FOLDERS.value)], DOMAIN_KIB.value * 1024)
-    text = {"source": f"text:{workdir}/text/*/*.txt", "held_out": HELD_OUT}
-    config = study.changed(config, data=text)
+    folders = [Path(folder).resolve() for folder in FOLDERS.value]
+    settings = {"domain_kib": DOMAIN_KIB.value, "folders": [str(folder) for folder in folders]}
+    study.check_made_from(workdir / "text", {f"--{flag}": value for flag, value in settings.items()})
+    sizes = write_domains(workdir / "text", [*python_folders(), *folders], DOMAIN_KIB.value * 1024)
+    config = study.changed(config, data={"source": text_source(workdir / "text"), "held_out": HELD_OUT})
     variants = {
         "auxiliary": study.changed(config, train={"balance": "auxiliary"}, model={"aux_loss_alpha": ALPHA.value}),
         "loss_free": study.changed(config, train={"balance": "loss_free"}),
     }
-    settings = {"domain_kib": DOMAIN_KIB.value, "folders": FOLDERS.value}
     curves = study.train_seeds(variants, SEEDS.value, workdir, study.Watch(measure, settings=settings))
     loads = {name: np.array([run.measured["load"][-1] for run in runs]) for name, runs in curves.items()}
     bits = {name: np.array([mutual_information(load) for load in values]) for name, values in loads.items()}

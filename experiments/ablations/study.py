@@ -1,6 +1,7 @@
 """What the ablations share: training variants of one configuration on the same text, from several seeds, and showing the result.
 
-A workdir holds one JSON file a variant and seed, `result.json`, `table.md` and the plots. What is done is not trained again.
+A workdir holds one JSON file a variant and seed, `result.json`, `table.md` and the plots. What is done is not trained again. Beside what
+else is kept, as the tokenizer, a file NAME.made_from.json says what it was made from.
 A seed sets the initial weights and the order of the text, alike for every variant, so variants can be compared seed by seed.
 """
 
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from ml_collections import config_flags
 from tqdm import trange
 
 from dsv3_jax.config import Config, ConfigError, DataConfig, MeshConfig, PrecisionConfig, to_dict, validate
@@ -32,11 +34,12 @@ from dsv3_jax.training.schedule import plan_step
 from dsv3_jax.training.state import TrainState, create_state
 from dsv3_jax.training.step import Rates, TrainStep, jit_train_step, make_eval_step, make_train_step
 from dsv3_jax.training.tokenizer import Vocabulary, load_or_train_tokenizer
-from dsv3_jax.training.workdir import make_folder
+from dsv3_jax.training.workdir import TOKENIZER_FILE, make_folder
 from experiments import cli
 
 flags.disclaim_key_flags()
 _PLAIN = dataclasses.asdict(PrecisionConfig())
+_STEPS = "Training steps of every variant, in the place of train.steps, which may not be set beside it."
 
 
 class Curve(NamedTuple):
@@ -68,10 +71,10 @@ class Watch(NamedTuple):
         return sorted({max(1, round(total * i / self.times)) for i in range(1, self.times + 1)})
 
 
-def define_flags(steps: int, least: int = 1) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+def define_flags(steps: int, least: int = 1, text: str = _STEPS) -> tuple[flags.FlagHolder, flags.FlagHolder]:
     """--steps, `least` or more, and --workdir."""
     return (
-        flags.DEFINE_integer("steps", steps, "Training steps of every variant.", lower_bound=least),
+        flags.DEFINE_integer("steps", steps, text, lower_bound=least),
         flags.DEFINE_string("workdir", None, "Folder for results; made if it does not exist.", required=True),
     )
 
@@ -82,8 +85,15 @@ def define_seeds() -> flags.FlagHolder:
 
 
 def read_config(holder: flags.FlagHolder, steps: int) -> Config:
-    """The configuration with that many steps; set before it is frozen, because schedules follow the number of steps."""
-    holder.value.train.steps = steps
+    """The configuration with that many steps, 0: with its own; set before it is frozen, because schedules follow the number of steps.
+
+    Raises ConfigError where the command line sets them in the configuration too.
+    """
+    overrides = config_flags.get_override_values(flags.FLAGS[holder.name])
+    if "train.steps" in overrides:
+        raise ConfigError("config.train.steps", overrides["train.steps"], "a study trains for --steps; set that instead")
+    if steps:
+        holder.value.train.steps = steps
     return cli.read_config(holder)
 
 
@@ -96,11 +106,30 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 
 def open_text(config: Config, workdir: Path) -> Text:
-    """Corpus and tokenizer; the tokenizer is trained once for a workdir."""
+    """Corpus and tokenizer; the tokenizer is trained once for a workdir. Raises ConfigError where it was trained for other settings."""
     make_folder(workdir)
     corpus = open_corpus(config.data)
+    settings = {f"config.data.{field}": getattr(config.data, field) for field in ("tokenizer", "source", "held_out")}
+    check_made_from(workdir / TOKENIZER_FILE, settings | {"config.model.vocab_size": config.model.vocab_size})
     tokenizer = load_or_train_tokenizer(workdir, config.data, config.model.vocab_size, corpus.train)
     return Text(corpus, tokenizer, Vocabulary.from_tokenizer(tokenizer, config.data))
+
+
+def check_made_from(path: Path, settings: Mapping[str, Any]) -> None:
+    """For what a workdir keeps from before the first result: notes beside it what it is made from, by flag, to be called before it is made.
+
+    Raises ConfigError where `path` exists and was made from anything else.
+    """
+    note = path.with_name(f"{path.stem}.made_from.json")
+    if not path.exists():
+        write_json(note, settings)
+        return
+    if not note.exists():
+        raise ConfigError("--workdir", str(path.parent), f"{path.name} does not say what it was made from; give a new --workdir")
+    kept = json.loads(note.read_text())
+    for field, value in settings.items():
+        if kept.get(field) != value:
+            raise ConfigError(field, value, f"{path} was made from {kept.get(field)!r}; give that value or a new --workdir")
 
 
 def with_seed(config: Config, number: int) -> Config:
@@ -122,23 +151,18 @@ def train_seeds(
 
 def train_variants(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None, text: Text | None = None) -> dict[str, Curve]:
     """Trains each variant from its seed, on text in the order that its seed gives; returns the curves by name."""
-    check_kept(variants, workdir, watch)
+    kept = check_kept(variants, workdir, watch)
     text = text or open_text(next(iter(variants.values())), workdir)
-    return {
-        name: _done(config, workdir / f"{name}.json", watch) or train_variant(name, config, text, workdir, watch)[0]
-        for name, config in variants.items()
-    }
+    return {name: kept.get(name) or train_variant(name, config, text, workdir, watch)[0] for name, config in variants.items()}
 
 
-def check_kept(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None) -> None:
-    """Raises ConfigError, before any is trained, if the workdir has one of these variants with another configuration."""
-    for name, config in variants.items():
-        _done(config, workdir / f"{name}.json", watch)
+def check_kept(variants: Mapping[str, Config], workdir: Path, watch: Watch | None = None) -> dict[str, Curve]:
+    """The curves that the workdir has, by name. Raises ConfigError if one of them is of another configuration."""
+    paths = {name: workdir / f"{name}.json" for name in variants}
+    return {name: _kept(variants[name], path, watch) for name, path in paths.items() if path.exists()}
 
 
-def _done(config: Config, path: Path, watch: Watch | None) -> Curve | None:
-    if not path.exists():
-        return None
+def _kept(config: Config, path: Path, watch: Watch | None) -> Curve:
     kept = json.loads(path.read_text())
     if kept["config"] != to_dict(config):
         raise ConfigError("--workdir", str(path.parent), f"{path.name} is of another configuration; give a new --workdir")
@@ -165,7 +189,8 @@ def train(
 ) -> tuple[TrainState, Float[np.ndarray, " steps"], dict[str, np.ndarray]]:
     """Trains from `start`, None: from `train.seed`; returns the state, the loss of every step, and what was measured, with its `step`."""
     run, plain = config.train, changed(config, precision=_PLAIN)
-    state = _creator(_compiled_for(plain))(run.seed) if start is None else jax.tree.map(jnp.copy, start)  # steps take what they are given
+    # Steps take what they are given, so they get a copy of `start`.
+    state = _creator(_compiled_for(plain))(np.uint32(run.seed)) if start is None else jax.tree.map(jnp.copy, start)
     step = _train_step(_compiled_for(config), text.vocabulary.eos_id)
     loader = TrainLoader(text.corpus.train, text.tokenizer, text.vocabulary, config.data, run.sequence_length)
     most, tokens, losses = run.batch_size // run.micro_batch_size, 0, []
@@ -214,8 +239,8 @@ def _compiled_for(config: Config) -> Config:
 
 
 @functools.cache
-def _creator(config: Config) -> Callable[[int], TrainState]:
-    def create(seed: Int[Array, ""]) -> TrainState:
+def _creator(config: Config) -> Callable[[np.uint32], TrainState]:
+    def create(seed: UInt32[Array, ""]) -> TrainState:
         return create_state(config, make_optimizer(config.optimizer), seed=seed)
 
     return jax.jit(create, out_shardings=replicated(make_mesh(MeshConfig())))  # as the step leaves it: else the second step compiles anew
@@ -241,9 +266,14 @@ def smoothed(values: Float[np.ndarray, " n"], decay: float = 0.9) -> Float[np.nd
     return out
 
 
+def deviation(values: Sequence[float] | np.ndarray, axis: int = 0) -> np.ndarray:
+    """Standard deviation over seeds, which lie along `axis`; 0 for one seed."""
+    return np.std(values, axis, ddof=min(1, np.shape(values)[axis] - 1))
+
+
 def mean_std(values: Sequence[float] | Float[np.ndarray, " seeds"], digits: int = 4) -> str:
     """Mean ± standard deviation over seeds, as a cell of a table; the value itself for one seed."""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
@@ -254,7 +284,7 @@ def difference(ours: Float[np.ndarray, " seeds"], theirs: Float[np.ndarray, " se
 
 def band(ax: Axes, x: Sequence[float] | np.ndarray, curves: Float[np.ndarray, "seeds n"], label: str, **style: Any) -> None:
     """Draws the mean of the curves, in a shade of one standard deviation over seeds to each side."""
-    mean, spread = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
+    mean, spread = curves.mean(0), deviation(curves)
     (line,) = ax.plot(x, mean, label=label, linewidth=1.2, **style)
     ax.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
 

@@ -31,7 +31,9 @@ DISPATCH = flags.DEFINE_enum("dispatch", "two_hop", ["direct", "two_hop"], "Way 
 REPLICAS = flags.DEFINE_integer(
     "replicas", None, "Slots of experts in a layer, redundant ones with them; without it: the experts.", lower_bound=1
 )
-BOUND = flags.DEFINE_float("dispatch_bound", None, "Rows of a dispatch buffer in multiples of a balanced load; without it: the worst case.")
+BOUND = cli.define_float(
+    "dispatch_bound", None, "Rows of a dispatch buffer in multiples of a balanced load; without it: the worst case.", lower_bound=1.0
+)
 CONTEXT = flags.DEFINE_integer("context", 128, "Tokens of a prompt, and slots of the cache.", lower_bound=1)
 MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 2, "Micro-batches side by side.", lower_bound=1)
 ROWS = flags.DEFINE_integer("rows", 1, "Sequences of a micro-batch, for a device in decoding, for a group in prefill.", lower_bound=1)

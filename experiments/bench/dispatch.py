@@ -24,7 +24,7 @@ from experiments.output import check_outputs, table
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run whose router is priced too.")
-BOUND = flags.DEFINE_float("bound", 1.5, "parallel.dispatch_bound of the second table, beside None.", lower_bound=1.0)
+BOUND = cli.define_float("bound", 1.5, "parallel.dispatch_bound of the second table, beside None.", lower_bound=1.0)
 FIGURE = flags.DEFINE_string("figure", None, "File to draw the first table to (.png or .svg).")
 JSON = flags.DEFINE_string("json", None, "File to write all numbers to, unrounded.")
 

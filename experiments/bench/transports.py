@@ -16,7 +16,7 @@ from experiments import cli
 from experiments.output import table
 
 CONFIG = cli.define_config()
-BOUND = flags.DEFINE_float("bound", 1.5, "parallel.dispatch_bound beside None.", lower_bound=1.0)
+BOUND = cli.define_float("bound", 1.5, "parallel.dispatch_bound beside None.", lower_bound=1.0)
 HOST_DEVICES = flags.DEFINE_integer("host_devices", None, "Fake so many devices on this CPU.", lower_bound=1)
 
 
