@@ -59,6 +59,7 @@ def block_rows(pairs: int, n_experts: int, backend: str) -> int:
     return rows
 
 
+@jax.named_scope("dispatch")
 def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int | None = None) -> BlockPlan:
     """Lays the pairs of each expert, in the order of the tokens, out from the start of a block.
 
@@ -90,10 +91,9 @@ _FEW_PAIRS = 256  # where comparing every pair with every other costs less than 
 
 def _runs(flat: Int[Array, " pairs"], n_experts: int) -> tuple[Int[Array, " e"], Int[Array, " pairs"]]:
     """How many pairs each expert has, and how many of its own come before each pair (anything for experts elsewhere)."""
+    counts = (flat[:, None] == jnp.arange(n_experts)).sum(0)  # bincount adds atomically, all pairs of an expert to one number
     if flat.size <= _FEW_PAIRS:
-        counts = (flat[:, None] == jnp.arange(n_experts)).sum(0)
         return counts, jnp.tril(flat[:, None] == flat, -1).sum(1)
-    counts = jnp.bincount(flat, length=n_experts)
     order = jnp.argsort(flat, stable=True)
     place = jnp.arange(flat.size) - (jnp.cumsum(counts) - counts)[flat[order]]
     return counts, jnp.zeros(flat.size, place.dtype).at[order].set(place, unique_indices=True)
@@ -105,6 +105,7 @@ def rows_of_gates(gates: Float[Array, "n k"], plan: BlockPlan) -> Float[Array, "
 
 
 @jax.custom_vjp
+@jax.named_scope("dispatch")
 def _rows_of_gates(gates: Array, plan: BlockPlan) -> Array:
     return jnp.take(gates.reshape(-1), plan.pair, mode="fill", fill_value=0)
 

@@ -54,6 +54,7 @@ def unsupported(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: in
     return None
 
 
+@jax.named_scope("dispatch")
 def owners(block_expert: Int[Array, " blocks"], rows: int, n_experts: int) -> Owners:
     """From the expert of each block of rows; `n_experts` marks blocks that nobody owns."""
     together = rows // TILE
@@ -108,19 +109,24 @@ def ffn_gradients(
 
 def grouped_bf16(x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners) -> Float[Array, "m n"]:
     """The product of the BF16 policy, with weights as they lie: turned ones would be written anew in every pass, and for every token."""
-    return grouped_gemm_bf16(x, kernel.astype(x.dtype), owned.expert_of_tile, owned.together, _IMPL, contraction_first=True)
+    return grouped_gemm_bf16(x, _cast(kernel, x), owned.expert_of_tile, owned.together, _IMPL, contraction_first=True)
 
 
 def grouped_gradients_bf16(
     x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners, dy: Float[Array, "m n"]
 ) -> tuple[Array, Array]:
     """Dgrad and Wgrad of the BF16 policy."""
-    dx = grouped_gemm_bf16(dy, kernel.astype(dy.dtype), owned.expert_of_tile, owned.together, _IMPL)
+    dx = grouped_gemm_bf16(dy, _cast(kernel, dy), owned.expert_of_tile, owned.together, _IMPL)
     return dx, grouped_wgrad_bf16(x, dy, owned.first_tile, _IMPL)
 
 
+@jax.named_scope("cast_weights")
+def _cast(kernel: Array, x: Array) -> Array:
+    return kernel.astype(x.dtype)
+
+
 def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple[Kept, Sequence[Array]]:
-    """Both orientations. That of tokens comes as dispatch sends it, on E4M3, so re-tiling its copies rounds nothing twice."""
+    """Both orientations. That of tokens is rounded as dispatch sends it, and re-tiled: nothing is changed where it has been sent."""
     if rows is None:
         values, scales, *columns = quantize_both(dy, power_of_two, _IMPL)
         return Kept(values, scales), columns
@@ -128,6 +134,7 @@ def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple
     return gradient, retile(*gradient, power_of_two, _IMPL)
 
 
+@jax.named_scope("dispatch")
 def _arranged(tokens: Kept, rows: Rows | None) -> Kept:
     """Copies of quantized tokens in the rows of experts, moved as words of four numbers."""
     if rows is None:

@@ -26,7 +26,7 @@ from dsv3_jax.precision import hopper
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.matmul import quantized_matmul
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
-from dsv3_jax.precision.quantize import Quantized, dequantize, quantize, retile
+from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize, quantize, retile
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.backend import use_pallas
 
@@ -60,6 +60,7 @@ def grouped_linear(
     return _tapped(x, kernel, block_expert, recipe, role, _product(x, kernel, block_expert, recipe, role))
 
 
+@jax.named_scope("swiglu")
 def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
     """`silu(gate) * up` of a row that holds [gate, up]."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -108,7 +109,21 @@ def routed_ffn(
         return _fused_ffn(x, rows, up, gates, down, block_expert, recipe, (EXPERT_UP, EXPERT_DOWN))
     hidden = grouped_linear(dispatch(x, rows).reshape(-1, height, x.shape[1]), up, block_expert, recipe, EXPERT_UP)
     y = grouped_swiglu_linear(hidden, gates.reshape(-1, height, 1), down, block_expert, recipe)
-    return combine(_rows(y), rows)
+    y = combine(_rows(y), rows)
+    return _rounded_gradient(y) if recipe.sends_gradients else y
+
+
+@jax.custom_vjp
+def _rounded_gradient(y: Array) -> Array:
+    """y. Its gradient is rounded as dispatch sends it, also where nothing is sent, so that it does not depend on the mesh."""
+    return y
+
+
+def _rounded(_: None, dy: Array) -> tuple[Array]:
+    return (dequantize(quantize(dy, (1, BLOCK), power_of_two=EXPERT_DOWN.gradient_power_of_two), dy.dtype.name),)
+
+
+_rounded_gradient.defvjp(lambda y: (y, None), _rounded)
 
 
 # --- one product and its gradients ---
@@ -158,6 +173,7 @@ def _swiglu_fwd(hidden: Array, gates: Array, kernel: Array, block_expert: BlockE
     return y, (kept, gates, kernel, block_expert)
 
 
+@jax.named_scope("swiglu")
 def _activated(hidden: Array, gates: Array, recipe: Recipe) -> Array:
     """The input of the product. What is going to be quantized is computed in float32 and rounded once."""
     wide = jnp.float32 if recipe.fp8 else hidden.dtype

@@ -15,6 +15,7 @@ class Rows(NamedTuple):
 
 
 @jax.custom_vjp
+@jax.named_scope("dispatch")
 def dispatch(x: Num[Array, "n d"], rows: Rows) -> Num[Array, "rows d"]:
     """Copies each token to its rows. Its gradient is `combine`."""
     with_zero_row = jnp.concatenate([x, jnp.zeros_like(x[:1])])
@@ -22,6 +23,7 @@ def dispatch(x: Num[Array, "n d"], rows: Rows) -> Num[Array, "rows d"]:
 
 
 @jax.custom_vjp
+@jax.named_scope("combine")
 def combine(y: Num[Array, "rows d"], rows: Rows) -> Num[Array, "n d"]:
     """Sums the rows of each token, in float32. Its gradient is `dispatch`."""
     copies = y.at[rows.slot].get(mode="promise_in_bounds")

@@ -3,10 +3,12 @@
     uv run -m experiments.bench.moe_layer --config=configs/h200.py
 
 Routed experts under an uneven load, with the gather of their rows into blocks and the sum of what comes back, and the
-shared experts, on random data. Both policies run in one process; a large product beside them says what the machine
-does at its best, and the profiler lists the kernels of one call of each.
+shared experts, on random data: the output, and the gradients of input, weights and gates. Both policies run in one
+process; a large product beside them says what the machine does at its best, and the profiler lists the kernels of one
+call of each, by name and by what they are for, which also gives the ratio with dispatch left out on both sides.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,42 +16,53 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.bench.hlo import parse
 from experiments.bench.timing import matmul_rate, median_seconds
+from experiments.output import table
 
 CONFIG = cli.define_config()
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs; the median counts.", lower_bound=5)
 
+PRODUCTS, NUMBERS, DISPATCH, OTHER = "products", "quantizers, SwiGLU, casts of weights", "dispatch: plan, gather, sum of rows", "other"
+# What a kernel is for: the first that "name|scopes of what XLA fused into it" matches.
+KINDS = (
+    (r"^[^|]*(product|gemm|nvjet|cutlass|cublas)", PRODUCTS),
+    (r"quantize|retile|swiglu|cast_weights", NUMBERS),
+    (r"\bdispatch\b|\bcombine\b|radix_sort", DISPATCH),
+    (r"/dot_general", PRODUCTS),  # the sum of a product's parts
+)
+
 
 def main() -> int:
-    from experiments.bench.trace import kernel_table, kernel_times
+    from experiments.bench.trace import by_name, kernel_table, traced
 
     config = cli.read_config(CONFIG)
     m, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
     experts = m.num_experts_per_tok + m.n_shared_experts
     flops = 3 * 2 * tokens * experts * 3 * m.hidden_size * m.moe_intermediate_size
     arguments = operands(config)
-    seconds, kernels = {}, {}
+    seconds, kernels, kinds = {}, {}, {}
     for policy in ("bf16", "fp8"):
-        run = layer(config, policy)
+        run = layer(config, policy).lower(*arguments).compile()
         seconds[policy] = median_seconds(run, *arguments, repeats=REPEATS.value)
-        kernels[policy] = kernel_times(partial(run, *arguments))
+        gpus = traced(partial(run, *arguments))
+        kernels[policy], kinds[policy] = by_name(gpus), by_name(gpus, kind_of(run.as_text()))
         print(f"{policy:<5} {seconds[policy] * 1e3:8.2f} ms  {flops / seconds[policy] / 1e12:7.1f} TFLOP/s", flush=True)
     dtype = config.train.compute_dtype
     print(
         f"FP8 is {seconds['bf16'] / seconds['fp8']:.2f} times as fast; a large product in {dtype}: {matmul_rate(dtype) / 1e12:.1f} TFLOP/s"
     )
-    for policy, times in kernels.items():
-        if times:
-            print("\n" + kernel_table(policy, times))
+    if kinds["fp8"]:
+        print("\n" + kind_table(kinds["bf16"], kinds["fp8"]))
+        print(*("\n" + kernel_table(policy, times) for policy, times in kernels.items()), sep="\n")
     return 0
 
 
-def layer(config: Any, policy: str) -> Callable[..., Any]:
-    """Gradients of the routed and shared experts with respect to their input and weights, compiled."""
+def layer(config: Any, policy: str) -> Any:
+    """Output of the routed and shared experts, and gradients with respect to their input, weights and gates, to be compiled."""
     import dataclasses
 
     import jax
-    import jax.numpy as jnp
 
     from dsv3_jax.model.moe import block_rows, expert_ffn
     from dsv3_jax.precision.linear import ffn
@@ -59,12 +72,17 @@ def layer(config: Any, policy: str) -> Callable[..., Any]:
     pairs = config.train.micro_batch_size * config.train.sequence_length * m.num_experts_per_tok
     rows = block_rows(pairs, m.n_routed_experts, jax.default_backend())
 
-    def loss(x: Any, weights: Any, routing: Any, dy: Any) -> Any:
-        gate_up, down, shared_up, shared_down = weights
-        y = expert_ffn(x, routing, gate_up, down, rows, recipe)[0] + ffn(x, shared_up, shared_down, recipe)
-        return (y * dy).sum(dtype=jnp.float32)
+    def both_ways(x: Any, weights: Any, routing: Any, dy: Any) -> Any:
+        def output(x: Any, weights: Any, gates: Any) -> Any:
+            gate_up, down, shared_up, shared_down = weights
+            return expert_ffn(x, routing._replace(gates=gates), gate_up, down, rows, recipe)[0] + ffn(x, shared_up, shared_down, recipe)
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+        y, pull = jax.vjp(output, x, weights, routing.gates)
+        # In training the gradient comes once the output is there. Without a barrier rows of both are gathered by one kernel.
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, pull(dy)
+
+    return jax.jit(both_ways)
 
 
 def operands(config: Any) -> tuple[Any, ...]:
@@ -85,6 +103,35 @@ def operands(config: Any) -> tuple[Any, ...]:
     dtype = config.train.compute_dtype
     x, dy = (jax.random.normal(next(keys), (tokens, d), jnp.dtype(dtype)) for _ in range(2))
     return x, weights, routing, dy
+
+
+def kind_of(text: str) -> Callable[[str], str]:
+    """What a kernel is for, by its name: XLA names a kernel after its fusion, which is looked up in the text of the compiled program."""
+    program = parse(text)
+    fused = {}
+    for _, line in program.instructions():
+        if line.opcode == "fusion":
+            inner = [part for called in line.called for part in program.computations[called]]
+            fused[line.name.replace(".", "_")] = " ".join(re.findall(r'op_name="([^"]*)"', " ".join(i.attributes for i in (line, *inner))))
+
+    def kind(kernel: str) -> str:
+        described = f"{kernel}|{fused.get(kernel, '')}"
+        return next((kind for pattern, kind in KINDS if re.search(pattern, described)), OTHER)
+
+    return kind
+
+
+def kind_table(bf16: dict[str, float], fp8: dict[str, float]) -> str:
+    """Kernels by what they are for, ms in each policy and how many times as fast FP8 is; all of them, and all but dispatch."""
+    columns = [{kind: times.get(kind, 0.0) for kind in (PRODUCTS, NUMBERS, DISPATCH, OTHER)} for times in (bf16, fp8)]
+    for times in columns:
+        times["all"] = sum(times.values())
+        times["all but dispatch"] = times["all"] - times[DISPATCH]
+    rows = [
+        (kind, f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}" if b else "")
+        for kind, a, b in zip(columns[0], *(c.values() for c in columns), strict=True)
+    ]
+    return table([("kernels, ms", "bf16", "fp8", "times as fast"), *rows], "<>>>")
 
 
 if __name__ == "__main__":

@@ -96,23 +96,31 @@ def overlap(gpus: Iterable[Kernels]) -> Overlap:
     return Overlap(*np.mean(rows, 0).tolist())
 
 
-def by_name(gpus: Iterable[Kernels]) -> dict[str, float]:
+def _short(name: str) -> str:
+    return re.sub(r"(_\d+)+(?=_|$)", "", re.split(r"[(<]", name)[0])
+
+
+def by_name(gpus: Iterable[Kernels], kind: Callable[[str], str] = _short) -> dict[str, float]:
     """Time of kernels of one kind, a mean over GPUs, the longest first, ms. A name ends before its numbers and parameters."""
     sums: dict[str, float] = {}
     gpus = list(gpus)
     for kernels in gpus:
         for name, (start, end) in zip(kernels.names, kernels.spans.tolist(), strict=True):
-            kind = re.sub(r"(_\d+)+(?=_|$)", "", re.split(r"[(<]", name)[0])
-            sums[kind] = sums.get(kind, 0.0) + (end - start) / len(gpus)
+            sums[kind(name)] = sums.get(kind(name), 0.0) + (end - start) / len(gpus)
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def traced(run: Callable[[], Any]) -> list[Kernels]:
+    """Kernels of every GPU while `run` runs; [] without a GPU, where it is not called."""
+    if jax.default_backend() != "gpu":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        return list(trace(run, Path(folder)).values())
 
 
 def kernel_times(run: Callable[[], Any]) -> dict[str, float]:
     """`by_name` of the kernels of `run`; {} without a GPU, where it is not called."""
-    if jax.default_backend() != "gpu":
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        return by_name(trace(run, Path(folder)).values())
+    return by_name(traced(run))
 
 
 def kernel_table(title: str, times: dict[str, float], most: int = 24) -> str:

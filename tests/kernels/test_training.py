@@ -8,9 +8,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.model.moe import expert_ffn
 from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.expert import pack, unpack
 from dsv3_jax.precision.linear import ffn, grouped_linear, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_UP, LINEAR, Recipe
 from pallas_kernels import gemm, quantize
+from pallas_kernels.quantize.reference import dequantize_rows
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +81,17 @@ def test_routed_ffn():
         return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
 
     assert_same(both_ways(layer, (random(3, 150, 64).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
+
+
+def test_a_gradient_that_was_sent_is_quantized_to_the_same_numbers():
+    """So none is rounded where nothing is sent. The largest number of some tiles rounds down to where a scale half as large suffices."""
+    dy = (random(4, 150, 256) * 10.0 ** random(5, 150, 1)).at[:3, 0].set(230 * 2.0**10).astype(jnp.bfloat16)
+    received = unpack(pack(dy), 256, "bfloat16")
+    once, twice = (quantize.quantize_rows(gradient, True, "reference") for gradient in (dy, received))
+    assert (received != dy).any() and (once[1][0, :3] == 2 * twice[1][0, :3]).all()
+    np.testing.assert_array_equal(dequantize_rows(*once), dequantize_rows(*twice))
+    for turned, again in zip(*(quantize.retile(*q, True, "reference") for q in (once, twice)), strict=True):
+        np.testing.assert_array_equal(turned.astype(jnp.float32), again.astype(jnp.float32))
 
 
 @pytest.mark.parametrize(
