@@ -489,17 +489,14 @@ def _overlapped_block(
     """`overlap` K steps; the product of step k + 1 is issued before step k is promoted. Scopes nest: two accumulators live at a time."""
     c = kernel.config
 
-    def ready(u: int, slot: jax.Array) -> Any:
-        b_scales = _block_scales(kernel, refs, tile, first + u)
-        plgpu.barrier_wait(refs["filled"].at[slot])
-        return _scales(kernel, refs, warpgroup, 0, slot, b_scales)
-
     def retire(acc: Any, in_flight: int, slot: jax.Array, scales: Any, sums: Any) -> Any:
         partial = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
         return (_promote(kernel, refs, slot, partial, scales, sums[0], release=True),)
 
     def issue(u: int, slot: jax.Array, sums: Any, before: Any) -> tuple[jax.Array, Any]:
-        scales = ready(u, slot)
+        b_scales = _block_scales(kernel, refs, tile, first + u)
+        plgpu.barrier_wait(refs["filled"].at[slot])
+        scales = _scales(kernel, refs, warpgroup, 0, slot, b_scales)
 
         def scope(acc: Any) -> tuple[jax.Array, Any]:
             _multiply(kernel, refs, warpgroup, 0, slot, acc)
