@@ -211,19 +211,20 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
     m, k = values.shape
     _check_width("values", k)
     row_blocks, blocks = _padded(m) // BLOCK, pl.cdiv(k, BLOCK)
+    stages = 2 if values.dtype.itemsize == 1 else 1  # tiles that are loaded ahead: shared memory has no room for two in 16 bits
     values_t, scales_t = _kernel(
-        functools.partial(_retile_body, power_of_two=power_of_two),
+        functools.partial(_retile_body, power_of_two=power_of_two, stages=stages),
         "retile",
         grid=(min(sm_count, pl.cdiv(row_blocks * blocks, 2)),),
         grid_names=("sm",),
         out=dict(values_t=((k, _padded(m)), E4M3), scales_t=((row_blocks, _padded(k)), jnp.float32)),
         scratch=dict(
-            values_s=_tile(values.dtype, 4, 2, QUARTER, BLOCK, width=k),
-            scales_s=plgpu.SMEM((4, 2, QUARTER), jnp.float32),
+            values_s=_tile(values.dtype, 4, stages, 64, BLOCK, width=k),
+            scales_s=plgpu.SMEM((4, stages, 64), jnp.float32),
             turn_s=_tile(jnp.float32, 4, QUARTER, BLOCK),
             values_t_s=_tile(E4M3, 4, BLOCK, 64),
             scales_t_s=plgpu.SMEM((4, BLOCK), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=4, num_barriers=4),
+            loaded=plgpu.Barrier(num_arrivals=2, num_barriers=4 * stages),
             largest_s=plgpu.SMEM((2, 2, 2, BLOCK), jnp.int32),
             largest_known=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ),
@@ -235,7 +236,7 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
     return values_t, scales_t[:, :k]
 
 
-def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known, power_of_two, **s):
+def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known, loaded, power_of_two, stages, **s):
     """Two pairs of warpgroups with tiles of their own; each warpgroup has 64 rows. As in `_backward_body` otherwise."""
     warpgroup, blocks = lax.axis_index("warpgroup"), pl.cdiv(values.shape[1], BLOCK)
     pair, half = lax.div(warpgroup, 2), lax.rem(warpgroup, 2)
@@ -245,31 +246,35 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
 
     def place(tile):
         i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
-        return i, j, i * BLOCK + half * 64
+        return i, j, pl.ds(i * BLOCK + half * 64, 64)
 
-    def load(tile):
-        _, j, row = place(tile)
-        for part in (0, 1):
-            rows = pl.ds(row + part * QUARTER, QUARTER)
-            plgpu.copy_gmem_to_smem(values.at[rows, _block(j)], own["values_s"].at[part], own["loaded"])
-            plgpu.copy_gmem_to_smem(scales.at[j, rows], own["scales_s"].at[part], own["loaded"])
+    def load(n):
+        tile, slot = first + n * step, lax.rem(n, stages)
+
+        @pl.when(tile < tiles)
+        def _():
+            _, j, rows = place(tile)
+            full = loaded.at[warpgroup * stages + slot]
+            plgpu.copy_gmem_to_smem(values.at[rows, _block(j)], own["values_s"].at[slot], full)
+            plgpu.copy_gmem_to_smem(scales.at[j, rows], own["scales_s"].at[slot], full)
 
     def store(tile):
-        i, j, row = place(tile)
-        _start([(own["values_t_s"], values_t.at[_block(j), pl.ds(row, 64)])])
+        i, j, rows = place(tile)
+        _start([(own["values_t_s"], values_t.at[_block(j), rows])])
         pl.when(half == 0)(lambda: _start([(own["scales_t_s"], scales_t.at[i, _block(j)])]))
         plgpu.commit_smem_to_gmem_group()
 
     def run(n, _):
-        tile, largest = first + n * step, largest_s.at[lax.rem(n, 2)]
-        plgpu.barrier_wait(own["loaded"])
+        tile, largest, slot = first + n * step, largest_s.at[lax.rem(n, 2)], lax.rem(n, stages)
+        plgpu.barrier_wait(loaded.at[warpgroup * stages + slot])
         columns = []
         for part in (0, 1):
-            own["turn_s"][...] = _dequantized(own["values_s"].at[part], own["scales_s"].at[part])
+            rows = pl.ds(part * QUARTER, QUARTER)
+            own["turn_s"][...] = _dequantized(own["values_s"].at[slot, rows], own["scales_s"].at[slot, rows])
             plgpu.commit_smem()
             columns.append(_line(own["turn_s"].T))
             plgpu.commit_smem()
-        pl.when(tile + step < tiles)(lambda: _by_one_warp(lambda: load(tile + step)))
+        _by_one_warp(lambda: load(n + stages))
         largest[half] = functools.reduce(jnp.maximum, [jnp.max(_key(x), axis=1) for x in columns])
         _by_one_warp(stored)
         plgpu.barrier_arrive(largest_known)
@@ -283,7 +288,8 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
         _by_one_warp(lambda: store(tile))
 
     stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
-    pl.when(first < tiles)(lambda: _by_one_warp(lambda: load(first)))
+    for n in range(stages):
+        _by_one_warp(functools.partial(load, n))
     lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
     _by_one_warp(stored)
 
