@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from dsv3_jax.config import from_config_dict
-from experiments.bench.moe_layer import DISPATCH, NUMBERS, OTHER, PRODUCTS, kind_of, kind_table, layer, operands
+from experiments.bench.moe_kinds import DISPATCH, NUMBERS, OTHER, PRODUCTS, kind_of, kind_table, layer, operands
 from tests import micro_config
 from tests.test_cli import run
 
