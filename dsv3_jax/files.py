@@ -12,6 +12,11 @@ def is_special(path: Path) -> bool:
     return path.is_symlink() or (path.exists() and not path.is_file())
 
 
+def draft_of(path: Path) -> Path:
+    """Where `replacing` writes what is to become `path`."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens what takes the name `path` when the block ends well, so that a reader or a kill never meets half of it.
@@ -22,7 +27,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
         return
-    draft = path.with_name(f"{path.name}.tmp")
+    draft = draft_of(path)
     try:
         with draft.open("wb") as file:
             yield file

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.files import is_special
+from dsv3_jax.files import draft_of, is_special
 
 
 def table(rows: Sequence[Sequence[str]], align: str) -> str:
@@ -41,7 +41,7 @@ def _try_to_write(path: Path) -> None:
             raise PermissionError(errno.EACCES, "it cannot be written to")
         return
     with suppress(FileNotFoundError):
-        os.stat(f"{path}.tmp")  # the longer name, which `write_atomically` takes first, may be too long
+        os.stat(draft_of(path))  # the longer name, which is taken first, may be too long
     with tempfile.TemporaryFile(dir=path.parent):  # permissions do not tell: root has them all, in /proc and on a read-only disk
         pass
 

@@ -106,7 +106,8 @@ def by_name(gpus: Iterable[Kernels], kind: Callable[[str], str] = _short) -> dic
     gpus = list(gpus)
     for kernels in gpus:
         for name, (start, end) in zip(kernels.names, kernels.spans.tolist(), strict=True):
-            sums[kind(name)] = sums.get(kind(name), 0.0) + (end - start) / len(gpus)
+            of = kind(name)
+            sums[of] = sums.get(of, 0.0) + (end - start) / len(gpus)
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
