@@ -39,6 +39,8 @@ ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
 # Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
 FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 16), (8, 16), (4,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+# 128 numbers, of which every warp has all: the largest needs no other warp.
+EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +213,7 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
     m, k = values.shape
     _check_width("values", k)
     row_blocks, blocks = _padded(m) // BLOCK, pl.cdiv(k, BLOCK)
-    stages = 2 if values.dtype.itemsize == 1 else 1  # tiles that are loaded ahead: shared memory has no room for two in 16 bits
+    stages = 4 // values.dtype.itemsize  # tiles of a pair of warpgroups in shared memory: 128 KiB of them
     values_t, scales_t = _kernel(
         functools.partial(_retile_body, power_of_two=power_of_two, stages=stages),
         "retile",
@@ -220,8 +222,7 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
         out=dict(values_t=((k, _padded(m)), E4M3), scales_t=((row_blocks, _padded(k)), jnp.float32)),
         scratch=dict(
             values_s=_tile(values.dtype, 4, stages, 64, BLOCK, width=k),
-            scales_s=plgpu.SMEM((4, stages, 64), jnp.float32),
-            turn_s=_tile(jnp.float32, 4, QUARTER, BLOCK),
+            scales_s=plgpu.SMEM((4, stages, BLOCK), jnp.float32),
             values_t_s=_tile(E4M3, 4, BLOCK, 64),
             scales_t_s=plgpu.SMEM((4, BLOCK), jnp.float32),
             loaded=plgpu.Barrier(num_arrivals=2, num_barriers=4 * stages),
@@ -237,7 +238,10 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
 
 
 def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known, loaded, power_of_two, stages, **s):
-    """Two pairs of warpgroups with tiles of their own; each warpgroup has 64 rows. As in `_backward_body` otherwise."""
+    """Two pairs of warpgroups with tiles of their own; each warpgroup has 64 rows. As in `_backward_body` otherwise.
+
+    Values are loaded as columns byte by byte: memory leaves time for that, and none for a turn in float32.
+    """
     warpgroup, blocks = lax.axis_index("warpgroup"), pl.cdiv(values.shape[1], BLOCK)
     pair, half = lax.div(warpgroup, 2), lax.rem(warpgroup, 2)
     first, step, tiles = 2 * lax.axis_index("sm") + pair, 2 * lax.axis_size("sm"), scales_t.shape[0] * blocks
@@ -253,10 +257,10 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
 
         @pl.when(tile < tiles)
         def _():
-            _, j, rows = place(tile)
+            i, j, rows = place(tile)
             full = loaded.at[warpgroup * stages + slot]
             plgpu.copy_gmem_to_smem(values.at[rows, _block(j)], own["values_s"].at[slot], full)
-            plgpu.copy_gmem_to_smem(scales.at[j, rows], own["scales_s"].at[slot], full)
+            plgpu.copy_gmem_to_smem(scales.at[j, _block(i)], own["scales_s"].at[slot], full)
 
     def store(tile):
         i, j, rows = place(tile)
@@ -267,25 +271,29 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
     def run(n, _):
         tile, largest, slot = first + n * step, largest_s.at[lax.rem(n, 2)], lax.rem(n, stages)
         plgpu.barrier_wait(loaded.at[warpgroup * stages + slot])
-        columns = []
-        for part in (0, 1):
-            rows = pl.ds(part * QUARTER, QUARTER)
-            own["turn_s"][...] = _dequantized(own["values_s"].at[slot, rows], own["scales_s"].at[slot, rows])
-            plgpu.commit_smem()
-            columns.append(_line(own["turn_s"].T))
-            plgpu.commit_smem()
-        _by_one_warp(lambda: load(n + stages))
-        largest[half] = functools.reduce(jnp.maximum, [jnp.max(_key(x), axis=1) for x in columns])
+        x = _line(own["values_s"].at[slot].T)
+        by_row = plgpu.load(own["scales_s"].at[slot, pl.ds(half * 64, 64)], layout=LINE(4).reduce(0))
+        x = x * lax.broadcast_in_dim(by_row, x.shape, (1,))
+        ordinary = _ordinary(plgpu.load(own["scales_s"].at[slot], layout=EACH_WARP))
+        largest[half] = jnp.max(_key(x), axis=1)
         _by_one_warp(stored)
         plgpu.barrier_arrive(largest_known)
         plgpu.barrier_wait(largest_known)
         keys = [plgpu.load(largest.at[h], layout=LINE(4).reduce(1)) for h in (0, 1)]
         scale = tile_scale(_largest(jnp.maximum(*keys)), power_of_two)
         own["scales_t_s"][...] = scale
-        columns = [_whole(_quotient(x, scale, (0,), power_of_two, LONG).astype(E4M3)) for x in columns]
-        own["values_t_s"][...] = jnp.concatenate(columns, axis=1)
+
+        def divided(kind):
+            return _whole(_quotient(x, scale, (0,), power_of_two, kind).astype(E4M3))
+
+        own["values_t_s"][...] = lax.cond(ordinary, lambda: divided(WIDE), lambda: divided(LONG))
         plgpu.commit_smem()
-        _by_one_warp(lambda: store(tile))
+
+        def copies():
+            store(tile)
+            load(n + stages)
+
+        _by_one_warp(copies)
 
     stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
     for n in range(stages):
@@ -539,7 +547,9 @@ def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Arra
 #   COMPUTED float32 that has rounding errors of its own: the product. A subnormal number is not made zero here, which only a
 #           tile whose largest is under 6e-33 could show
 # Scales that are powers of two have exact reciprocals, and the product is right.
-SHORT, LONG, COMPUTED = "short", "long", "computed"
+#   WIDE    of `_ordinary` tiles: 48 bits of the reciprocal, in two parts. No pair is closer than that to a bound between two
+#           values of E4M3 (a test goes through those that are close), and no number is subnormal
+SHORT, LONG, COMPUTED, WIDE = "short", "long", "computed", "wide"
 
 
 def _kind(x: Any) -> str:
@@ -565,7 +575,7 @@ def _largest(key: Array) -> Array:
 def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str) -> Array:
     """x / scale, where `axes` of x are those of scale. An infinite scale makes zeros, and NaN of infinity."""
     spread = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=axes)
-    if kind != COMPUTED:
+    if kind in (SHORT, LONG):
         x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
     if power_of_two:
         return x * spread(_if_finite(scale, _inverse_power(scale)))
@@ -573,11 +583,22 @@ def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool,
         high, rest = _split_reciprocal(scale)
         quotient = x * spread(_if_finite(scale, high))  # exact: 8 by 12 bits
         return quotient + quotient * spread(rest)
+    if kind == WIDE:
+        high = 1.0 / scale
+        high = high + high * (1.0 - scale * high)
+        rest = high * (1.0 - scale * high)
+        high, rest = (spread(_if_finite(scale, part)) for part in (high, rest))
+        return x * high + x * rest
     reciprocal = spread(_if_finite(scale, 1.0 / scale))
     quotient = x * reciprocal
     if kind == COMPUTED:
         return quotient
     return quotient + (x - quotient * spread(_if_finite(scale, scale))) * reciprocal
+
+
+def _ordinary(scales: Array) -> Array:
+    """Whether the scales of a tile are so far from the ends of float32 (2^-100 to 2^90) that WIDE may divide what they scale."""
+    return jnp.max(jnp.abs(_bits(scales) - (122 << 23))) < 95 << 23  # exponents within 95 of that of 2^-5
 
 
 def _if_finite(scale: Array, value: Array) -> Array:

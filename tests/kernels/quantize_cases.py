@@ -107,7 +107,7 @@ class QuantizeCases:
         out = self.run("quantize_blocks", w)
         self.same((out[0], out[2], out[1], out[3]), (q.values, q.scales, q.values.mT, q.scales.mT), False)
 
-    @pytest.mark.parametrize(("format", "power_of_two"), [(None, False), (None, True), (E5M6, True)])
+    @pytest.mark.parametrize(("format", "power_of_two"), [(None, False), (None, True), (E5M6, True), (E5M6, False)])
     def test_retile(self, format, power_of_two):
         x = mixed(self.rows, self.columns, F32)
         kept = on_cpu(lambda: by_rows(x, power_of_two, format))
