@@ -11,7 +11,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.gemm import hopper, reference
-from pallas_kernels.gemm.tiles import choose
+from pallas_kernels.gemm.tiles import choose, sizes
 
 GROUP = reference.GROUP
 
@@ -53,22 +53,21 @@ def run(
 ) -> Array:
     """The kernel with the tile that the model picks, on operands that it can load (see `whole_tiles`).
 
-    Edge tiles have no addend to load: then it is added afterwards.
+    An addend that lacks the rows which pad the output is added afterwards.
     """
     a, a_scales, b, b_scales, index = operands
     check_columns(b)
-    rows = a.shape[-2]
+    rows, _, _ = sizes(product, a.shape, b.shape, n_groups)
     a, b = whole_tiles(a), whole_tiles(b)
+    padded_rows, _, _ = sizes(product, a.shape, b.shape, n_groups)
     sms = sm_count()
     config = choose(product, a.shape, b.shape, sms, n_groups, rows_together)
-    inside, outside = addend, None
-    if addend is not None and (addend.shape[-2] % config.block_m or addend.shape[-1] % config.block_n):
-        inside, outside = None, addend
+    inside, outside = (addend, None) if rows == padded_rows else (None, addend)
     a_scales = _whole_lines(a_scales, config.block_m)
     if product.scales == "row":
         b_scales = _whole_lines(b_scales, config.block_n)
     out = hopper.multiply(product, config, a, a_scales, b, b_scales, index, inside, n_groups=n_groups, sm_count=sms)
-    out = out if product.groups == "contraction" else out[..., :rows, :]
+    out = out[..., :rows, :]
     return out if outside is None else out + outside
 
 

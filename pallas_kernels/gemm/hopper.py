@@ -93,18 +93,15 @@ def multiply(
 
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
     use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
-    operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. `addend`, of the shape of the output,
-    is added to it; then m and n have to be multiples of the tile.
+    operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. The product is added to `addend`, of
+    its shape and type, in place; XLA copies an addend that is used elsewhere.
     """
-    if addend is not None and (addend.shape[-2] % config.block_m or addend.shape[-1] % config.block_n):
-        raise NotImplementedError(f"addend: shape {addend.shape}: has to be whole tiles of {config.block_m}x{config.block_n}")
-    kernel = _Kernel(product, config, a.shape, b.shape, n_groups, jnp.dtype(a.dtype).itemsize)
-    operands = [x for x in (a, a_scales, b, b_scales, index, addend) if x is not None]
-    names = [name for name, x in zip(_OPERANDS, (a, a_scales, b, b_scales, index, addend), strict=True) if x is not None]
+    kernel = _Kernel(product, config, a.shape, b.shape, n_groups, jnp.dtype(a.dtype).itemsize, addend is not None)
+    operands = {name: x for name, x in zip(_OPERANDS, (a, a_scales, b, b_scales, index), strict=True) if x is not None}
     clusters: dict[str, Any] = dict(cluster=(2,), cluster_names=("cluster",)) if config.cluster else {}
-    return plgpu.kernel(
-        functools.partial(_body, kernel, names),
-        out_type=jax.ShapeDtypeStruct(kernel.out_shape, product.out),
+    run = plgpu.kernel(
+        functools.partial(_body, kernel, list(operands)),
+        out_type=jax.ShapeDtypeStruct(kernel.out_shape, product.out) if addend is None else (),
         scratch_types=kernel.scratch(a.dtype),
         grid=(sm_count // (2 if config.cluster else 1),),
         grid_names=("sm",),
@@ -115,10 +112,15 @@ def multiply(
         interpret=interpret,
         kernel_name=f"{'bf16' if product.scales == 'none' else 'fp8'}_product_{product.groups}",
         **clusters,
-    )(*operands)
+    )
+    if addend is None:
+        return run(*operands.values())
+    out = jax.new_ref(addend)
+    run(*operands.values(), out)
+    return jax.freeze(out)
 
 
-_OPERANDS = ("a", "a_scales", "b", "b_scales", "index", "addend")
+_OPERANDS = ("a", "a_scales", "b", "b_scales", "index")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,7 @@ class _Kernel:
     b_shape: tuple[int, ...]
     n_groups: int
     itemsize: int
+    adds: bool  # to what the output holds
 
     @property
     def turned(self) -> dict[str, bool]:
@@ -429,7 +432,7 @@ def _sum_scaled(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, s
     def single(k: jax.Array, carry: Any) -> Any:
         return _single_step(kernel, refs, warpgroup, tile, k, *carry)
 
-    carry = (slot, _addend(kernel, refs, warpgroup, tile) if "addend" in refs else _zeros(kernel))
+    carry = (slot, _zeros(kernel))
     static = isinstance(tile.steps, int)
     whole: Any = 0
     if c.overlap > 1:
@@ -446,18 +449,6 @@ def _zeros(kernel: _Kernel) -> Any:
     zero = functools.partial(jnp.zeros, (_WAVE, kernel.chunk), jnp.float32)
     chunks = range(0, kernel.config.block_n, kernel.chunk)
     return tuple(tuple(plgpu.layout_cast(zero(), plgpu.Layout.WGMMA) for _ in chunks) for _ in range(kernel.config.waves))
-
-
-def _addend(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile) -> Any:
-    """What the product is added to, in the place of zeros: read while the first copies are on their way."""
-    addend = refs["addend"].at[tile.group] if kernel.product.groups == "contraction" else refs["addend"]
-
-    def read(wave: int, column: int) -> jax.Array:
-        rows = pl.ds(tile.row + _rows_of(kernel, warpgroup, wave), _WAVE)
-        return plgpu.load(addend.at[rows, pl.ds(tile.column + column, kernel.chunk)], layout=plgpu.Layout.WGMMA, optimized=False)
-
-    chunks = range(0, kernel.config.block_n, kernel.chunk)
-    return tuple(tuple(read(wave, column) for column in chunks) for wave in range(kernel.config.waves))
 
 
 def _single_step(
@@ -561,7 +552,7 @@ def _promote(kernel: _Kernel, refs: Any, slot: jax.Array, partial: jax.Array, sc
 
 
 def _store(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sums: Any) -> None:
-    """Registers to a slot of shared memory to the output; TMA clips what lies outside of it."""
+    """Registers to a slot of shared memory to the output, or added to it; TMA clips what lies outside of it."""
     c = kernel.config
     width = kernel.store_columns
     out = refs["out"].at[tile.group] if len(kernel.out_shape) == 3 else refs["out"]
@@ -578,4 +569,5 @@ def _store(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sums: 
         slot[...] = piece.astype(kernel.product.out)
         plgpu.commit_smem()
         rows = pl.ds(tile.row + _rows_of(kernel, warpgroup, wave), _WAVE)
-        plgpu.copy_smem_to_gmem(slot, out.at[rows, pl.ds(tile.column + column, width)])
+        window = out.at[rows, pl.ds(tile.column + column, width)]
+        plgpu.copy_smem_to_gmem(slot, window, reduction_op="add" if kernel.adds else None)

@@ -49,4 +49,35 @@ def _store_accumulator(*, token, mesh_location, thread, key, value, source_info)
     return token, value
 
 
+# Nor has it stores that add. Here the slot takes up what it is added to before it is stored.
+_copy_smem_to_gmem = gpu_callbacks.copy_smem_to_gmem
+
+
+def _store_or_add(*, reduction_op, **arguments):
+    if reduction_op == "add":
+        _add_to_slot(**arguments)
+        reduction_op = None
+    return _copy_smem_to_gmem(reduction_op=reduction_op, **arguments)
+
+
+@gpu_callbacks.fail_on_exception
+def _add_to_slot(*, mesh_location, thread, source_info, **arguments):
+    memory = gpu_callbacks._get_shared_memory()
+    where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+
+    def window(side):
+        key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
+        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
+        return key, memory.access(key, jax.tree.map(int, transforms))
+
+    slot = window("src")
+    total, before = (memory.get_buffer_content(*at, thread, logging_info=where)[0] for at in (slot, window("dst")))
+    if before is not None:  # else all of it lies outside
+        inside = tuple(slice(size) for size in before.shape)
+        total = total.copy()
+        total[inside] += before
+        memory.store_buffer_content(*slot, total, thread, logging_info=where)
+
+
 JaxprInterpreter.interpret, JaxprInterpreter._interpret_swap_p = _with_swaps, _swap_or_store
+gpu_callbacks.copy_smem_to_gmem = _store_or_add

@@ -104,16 +104,18 @@ class ProductCases:
             out = self.run("grouped_gemm_bf16", a, b.mT if contraction_first else b, tiles, contraction_first=contraction_first)
             assert_near(out, self.expected(np.asarray(a, np.float32), np.asarray(b, np.float32), owners), BF16_ERROR)
 
-    @pytest.mark.parametrize("added", [False, True])
-    def test_grouped_wgrad(self, added):
+    @pytest.mark.parametrize(("added", "lacking"), [(False, 4), (True, 0), (True, 4)])  # rows to a multiple of eight
+    def test_grouped_wgrad(self, added, lacking):
         rng = np.random.default_rng(4)
         m, n = self.wgrad_shape
+        m -= lacking
         for owners in self.owners:
             tiles, experts = self.tiles(owners)
             a, b = Rows(rough(rng, m, 5 * TILE)), Rows(rough(rng, n, 5 * TILE))
             addend = np.float32(rng.normal(size=(experts, m, n)) * 100) if added else None
             arguments = a.values, a.scales[:, :m], b.values, b.scales[:, :n], first_tiles(tiles, experts)
             out = self.run("grouped_wgrad", *arguments, None if addend is None else jnp.asarray(addend))
+            assert out.shape == (experts, m, n)
             expected = self.sums(a.full.T, b.full.T, owners, experts) + (0 if addend is None else addend)
             assert_near(out, expected, F32_ERROR)
 

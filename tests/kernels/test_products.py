@@ -26,7 +26,7 @@ class TestInterpreted(ProductCases):
     """The kernel as written, on a simulated GPU of two multiprocessors that reports races between threads and copies."""
 
     dense = [(130, 144, 640)]  # noqa: RUF012
-    wgrads = [(144, 192, 384), (128, 256, 256)]  # noqa: RUF012
+    wgrads = [(144, 192, 384), (136, 208, 256)]  # noqa: RUF012
     width, depth = 144, 272
     owners = ([0, 0, 2], [])
 
@@ -89,6 +89,17 @@ def shapes(product, m, n, k, e):
     kinds = [(a, dtype), (a_scales, jnp.float32), (b, dtype), (b_scales, jnp.float32)]
     operands = [jax.ShapeDtypeStruct(*kind) if product.scales != "none" or kind[1] == dtype else None for kind in kinds]
     return [*operands, None if index is None else jax.ShapeDtypeStruct((index,), jnp.int32)]
+
+
+@pytest.mark.parametrize("groups", ["none", "contraction"])
+def test_the_addend_is_added_in_place_by_tma(groups):
+    product, grouped = Product("row", groups, "float32"), groups == "contraction"
+    addend = jax.ShapeDtypeStruct((*(8,) * grouped, 4096, 2112), jnp.float32)
+    for candidate in tiles.candidates(product):
+        run = functools.partial(hopper.multiply, product, candidate.config, n_groups=8, sm_count=132)
+        text = jax.jit(run).trace(*shapes(product, 4096, 2112, 7168, 8), addend).lower(lowering_platforms=("cuda",)).as_text()
+        assert "cp.reduce.async.bulk.tensor" in text
+        assert "output_operand_alias" in text
 
 
 @pytest.mark.parametrize("shape", [(1, 7168, 576), (130, 144, 272), (4100, 2064, 7184)])
