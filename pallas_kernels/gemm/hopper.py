@@ -97,6 +97,8 @@ def multiply(
     its shape and type, in place; XLA copies an addend that is used elsewhere.
     """
     kernel = _Kernel(product, config, a.shape, b.shape, n_groups, jnp.dtype(a.dtype).itemsize, addend is not None)
+    if addend is not None and (addend.shape, addend.dtype) != (kernel.out_shape, product.out):
+        raise ValueError(f"addend: {addend.dtype}{list(addend.shape)}: has to be {product.out}{list(kernel.out_shape)}, as the output")
     operands = {name: x for name, x in zip(_OPERANDS, (a, a_scales, b, b_scales, index), strict=True) if x is not None}
     clusters: dict[str, Any] = dict(cluster=(2,), cluster_names=("cluster",)) if config.cluster else {}
     run = plgpu.kernel(

@@ -631,10 +631,6 @@ def _sigmoid(x: Array) -> Array:
     return jnp.exp2(-jnp.log2(1.0 + jnp.exp2(x * (-1 / math.log(2)))))
 
 
-def _dequantized(values: Any, scales: Any) -> Array:
-    return _opened(plgpu.load(values, layout=FEW_ROWS), plgpu.load(scales, layout=FEW_ROWS.reduce(1)))
-
-
 def _opened(values: Array, scales: Array) -> Array:
     return values.astype(jnp.float32) * lax.broadcast_in_dim(scales, values.shape, (0,))
 

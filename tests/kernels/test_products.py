@@ -102,6 +102,15 @@ def test_the_addend_is_added_in_place_by_tma(groups):
         assert "output_operand_alias" in text
 
 
+def test_an_addend_of_another_shape_or_type_is_refused():
+    """TMA would add what fits into it."""
+    product = Product("row", out="float32")
+    run = functools.partial(hopper.multiply, product, TuningConfig(), sm_count=132)
+    for shape, dtype in (((4096, 2048), jnp.float32), ((4096, 2112), jnp.bfloat16)):
+        with pytest.raises(ValueError, match="has to be float32"):
+            jax.eval_shape(run, *shapes(product, 4096, 2112, 7168, 1), jax.ShapeDtypeStruct(shape, dtype))
+
+
 @pytest.mark.parametrize("shape", [(1, 7168, 576), (130, 144, 272), (4100, 2064, 7184)])
 def test_odd_sizes_can_be_lowered(shape, monkeypatch):
     """TMA's rules about divisibility are checked in lowering only."""
