@@ -136,8 +136,7 @@ def test_every_schedule_on_four_ranks_equals_no_pipeline(schedule):
 
 @pytest.mark.slow
 def test_dualpipe_on_eight_ranks_equals_no_pipeline():
-    """Sums of 18 micro-batches in another order: what AdamW makes of rounding is 4e-6 of a parameter on some processors."""
-    assert_same(train(NINE, EXACT, (8, 1, 1, 1), micro=18), train(NINE, EXACT, micro=18), 1e-4, 5e-6)
+    assert_same(train(NINE, EXACT, (8, 1, 1, 1), micro=18), train(NINE, EXACT, micro=18), 1e-4, 2e-6)
 
 
 @pytest.mark.slow
