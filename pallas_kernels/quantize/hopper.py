@@ -546,9 +546,9 @@ def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Arra
 #           whatever the reciprocal's last bits. Mosaic allows that contraction; XLA on a CPU may not make it
 #   COMPUTED float32 that has rounding errors of its own: the product. A subnormal number is not made zero here, which only a
 #           tile whose largest is under 6e-33 could show
-# Scales that are powers of two have exact reciprocals, and the product is right.
 #   WIDE    of `_ordinary` tiles: 48 bits of the reciprocal, in two parts. No pair is closer than that to a bound between two
 #           values of E4M3 (a test goes through those that are close), and no number is subnormal
+# Scales that are powers of two have exact reciprocals, and the product is right.
 SHORT, LONG, COMPUTED, WIDE = "short", "long", "computed", "wide"
 
 
