@@ -8,6 +8,8 @@ import dataclasses
 
 from pallas_kernels.gemm.hopper import GROUP, Product, TuningConfig
 
+BAND_BYTES = 20 * 2**20  # of A, in an L2 of 50 MiB beside what else passes through it; measured as `step` and `fixed` are
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -56,10 +58,22 @@ _BF16 = (
 def choose(
     product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int, n_groups: int = 1, run: int | None = None
 ) -> TuningConfig:
-    """The candidate with the least modelled time. `run`: rows of a group come in multiples of it."""
+    """The candidate with the least modelled time, and its raster. `run`: rows of a group come in multiples of it."""
     m, n, k = sizes(product, a_shape, b_shape, n_groups)
     possible = [c for c in candidates(product) if run is None or run % c.config.block_m == 0]
-    return min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
+    config = min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
+    return in_bands(config, m, k) if product.groups == "none" else config
+
+
+def in_bands(config: TuningConfig, m: int, k: int) -> TuningConfig:
+    """Visits tiles in bands along m: B is read once for each, so they are as wide as A's rows stay in L2 meanwhile, and equally wide.
+
+    Not under eight tiles, where those that run together would share too little. k in numbers of 8 bits.
+    """
+    rows = config.block_m * (2 if config.cluster == "m" else 1)
+    tiles, kept = -(-m // rows), max(8, BAND_BYTES // (rows * k))
+    bands = -(-tiles // kept)
+    return dataclasses.replace(config, raster=(0, -(-tiles // bands)))
 
 
 def candidates(product: Product) -> tuple[Candidate, ...]:

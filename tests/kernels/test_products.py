@@ -127,6 +127,27 @@ def test_the_model_picks_what_measured_best():
     assert block(64, 2112, 7168).block_n == 16
 
 
+def test_bands_are_what_measured_best():
+    """Of the sweep of rasters on an H200; eleven of 22 or of 43 tiles, all tiles where rows are short, eight where none fit."""
+    best = {(4096, 2112, 7168): 11, (8192, 8192, 8192): 11, (4096, 24576, 1536): 22, (4096, 32768, 512): 16, (4096, 7168, 16384): 8}
+    assert {shape: tiles.choose(Product(), shape[::2], shape[1:], 132).raster[1] for shape in best} == best
+    for m in (1, 100, 4096, 100_000):
+        for config in (TuningConfig(), TuningConfig(cluster="m")):
+            width = tiles.in_bands(config, m, 7168).raster[1]
+            assert 1 <= width <= -(-m // config.block_m)
+
+
+def test_a_product_of_several_bands_has_every_tile(monkeypatch):
+    """21 tiles in two bands of eleven, so the second lacks one."""
+    monkeypatch.setattr(tiles, "BAND_BYTES", 11 * 64 * 128)
+    rng = np.random.default_rng(0)
+    a, b = Rows(rough(rng, 21 * 64, 128)), Blocks(rough(rng, 48, 128))
+    config = tiles.in_bands(SCHEMES["one warpgroup"], 21 * 64, 128)
+    assert config.raster == (0, 11)
+    out = interpreted(lambda: hopper.multiply(Product(), config, a.values, a.scales, b.values, b.scales, sm_count=2))
+    assert_near(out, a.full @ b.full.T, BF16_ERROR)
+
+
 def test_the_fit_finds_the_times_it_was_made_of():
     sizes = [(8, 56), (14, 16), (63, 4), (32, 64)]
     step, fixed, off = fit(sizes, [w * (steps * 387 + 630) for w, steps in sizes])
