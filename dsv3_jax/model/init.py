@@ -1,5 +1,6 @@
 """Parameters of a whole model: their shapes, declared by the Linen modules, and their first values (V3 sec. 4.2)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -37,6 +38,11 @@ def init_params(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 def parameter_shapes(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
     """Shape of every parameter, float32, layers of a kind stacked; nothing is allocated."""
+    return jax.tree.map(lambda leaf: leaf, _parameter_shapes(config))  # dictionaries of the caller's own
+
+
+@functools.cache
+def _parameter_shapes(config: ModelConfig) -> PyTree[jax.ShapeDtypeStruct]:
     d, v = config.hidden_size, config.vocab_size
     shapes: dict[str, Any] = {"embed": _float32(v, d), "norm": _float32(d)}
     if not config.tie_word_embeddings:

@@ -125,10 +125,11 @@ def _sum_over(f: Callable[[Any], tuple[Params, Losses]], n: Array, largest: int)
     """Sum of f(0) .. f(n - 1); without a loop when there can only be one."""
     if largest == 1:
         return f(0)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, 0))
+    traced, held = jax.closure_convert(f, jnp.int32(0))  # once, for its shapes and for the loop
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(traced, jnp.int32(0), *held))
 
     def add(i: Array, total: tuple[Params, Losses]) -> tuple[Params, Losses]:
-        grads, losses = f(i)
+        grads, losses = traced(i, *held)
         return jax.tree.map(jnp.add, total[0], grads), add_losses(total[1], losses)
 
     return jax.lax.fori_loop(0, n, add, zeros)
