@@ -30,12 +30,13 @@ def random(seed, *shape):
 def both_ways(function, arguments, fp8=True, nobodys=False):
     """Value and gradients by the kernels and by the reference."""
 
-    def run(impl):
+    def run(impl, *arguments):
         value, pull = jax.vjp(lambda *a: function(*a, Recipe(fp8=fp8, impl=impl)), *arguments)
         dy = jnp.cos(jnp.arange(value.size).reshape(value.shape))
         return value, *pull(jnp.where(nobodys, 0, dy).astype(value.dtype))
 
-    return run("pallas"), run("reference")
+    run = jax.jit(run, static_argnums=0)  # operations one by one would all be compiled
+    return run("pallas", *arguments), run("reference", *arguments)
 
 
 def assert_same(results, limit):
