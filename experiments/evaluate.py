@@ -14,6 +14,7 @@ from absl import flags
 
 from dsv3_jax.config import ConfigError
 from experiments import cli, sources
+from experiments.output import check_outputs
 
 if TYPE_CHECKING:
     from dsv3_jax.training.run import Run
@@ -29,6 +30,7 @@ LOGITS_OUT = flags.DEFINE_string("logits_out", None, "File to write the scores o
 def main() -> int:
     if (TOKENS.value is None) != (LOGITS_OUT.value is None):
         raise ConfigError("--tokens", TOKENS.value, "and --logits_out go together")
+    check_outputs(LOGITS_OUT)
     run = SOURCE.open()
     if TOKENS.value is not None:
         from dsv3_jax.training.evaluate import write_logits

@@ -212,3 +212,15 @@ def test_output_that_cannot_be_written(tmp_path: Path, name: str, reason: str):
     file = tmp_path / name  # an absolute name stays as it is
     assert_refused(run("describe", TINY, f"--json={file}"), f"--json = '{file}'", reason, "name another")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_cannot_be_written_are_refused_before_a_model_is_read(tmp_path: Path):
+    file = tmp_path / "no" / "logits.npy"
+    done = run("evaluate", f"--workdir={tmp_path / 'run'}", "--tokens=tokens.npy", f"--logits_out={file}")
+    assert_refused(done, f"--logits_out = '{file}'", "there is no folder")
+
+
+def test_a_run_that_calls_no_kernel_does_not_import_them():
+    """Mosaic GPU takes a second of every command's start."""
+    code = "import sys, dsv3_jax.training.run; sys.exit('jax.experimental.pallas.mosaic_gpu' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -92,7 +92,7 @@ def line(batch: int, context: int, pool: list[Any], copied: float) -> str:
     import jax.numpy as jnp
 
     from pallas_kernels.backend import sm_count
-    from pallas_kernels.mla_decode.hopper import TILE
+    from pallas_kernels.mla_decode.sizes import TILE
     from pallas_kernels.mla_decode.splits import choose
 
     shape = batch, TOKENS.value, HEADS.value, RANK + ROPE
@@ -115,10 +115,11 @@ def decoding(splits: int) -> Any:
     """The operation, to be called or lowered."""
     import jax
 
-    from pallas_kernels.mla_decode import hopper, run
+    from pallas_kernels.mla_decode import run
+    from pallas_kernels.mla_decode.sizes import DEFAULT
 
     fields: Any = zip(("block", "stages", "score_slots"), map(int, TUNING.value), strict=False)
-    config = dataclasses.replace(hopper.DEFAULT, **dict(fields))
+    config = dataclasses.replace(DEFAULT, **dict(fields))
     return jax.jit(functools.partial(run, scale=(128 + ROPE) ** -0.5, splits=splits, config=config))
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from experiments import cli
 from experiments.bench.timing import draw, kernel_seconds, require_hopper
-from pallas_kernels.gemm.hopper import GROUP, Product, multiply
+from pallas_kernels.gemm.hopper import multiply
+from pallas_kernels.gemm.product import GROUP, Product
 from pallas_kernels.gemm.tiles import Candidate, candidates, in_bands, waves
 
 SHAPES = [(4096, 4096, 7168), (4096, 7168, 2048), (4096, 32768, 512), (8192, 8192, 8192)]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
-from pallas_kernels.gemm import hopper, reference
+from pallas_kernels.gemm import reference
+from pallas_kernels.gemm.product import SWIZZLE, Product
 from pallas_kernels.gemm.tiles import choose, sizes
 
 GROUP = reference.GROUP
@@ -27,7 +28,7 @@ def gemm(
     check_operands(a, b)
     if not use_pallas(impl):
         return reference.gemm(a, a_scales, b, b_scales)
-    return run(hopper.Product("block"), (a, a_scales, b, b_scales, None))
+    return run(Product("block"), (a, a_scales, b, b_scales, None))
 
 
 def wgrad(
@@ -42,19 +43,19 @@ def wgrad(
     check_operands(a, b)
     if not use_pallas(impl):
         return reference.wgrad(a, a_scales, b, b_scales, addend)
-    return run(hopper.Product("row", out="float32"), (a, a_scales, b, b_scales, None), addend=addend)
+    return run(Product("row", out="float32"), (a, a_scales, b, b_scales, None), addend=addend)
 
 
 Operands = tuple[Array, Array | None, Array, Array | None, Array | None]  # a, a_scales, b, b_scales, index of groups
 
 
-def run(
-    product: hopper.Product, operands: Operands, n_groups: int = 1, rows_together: int | None = None, addend: Array | None = None
-) -> Array:
+def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: int | None = None, addend: Array | None = None) -> Array:
     """The kernel with the tile that the model picks, on operands that it can load (see `whole_tiles`).
 
     An addend that lacks the rows which pad the output is added afterwards.
     """
+    from pallas_kernels.gemm import hopper  # only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it
+
     a, a_scales, b, b_scales, index = operands
     check_columns(b)
     rows, _, _ = sizes(product, a.shape, b.shape, n_groups)
@@ -73,7 +74,7 @@ def run(
 
 def whole_tiles(x: Array) -> Array:
     """Zeros up to 8 rows and 128 bytes, the unit of TMA's tiled copies: a copy of x where it does not divide."""
-    columns = -x.shape[-1] % (hopper.SWIZZLE // x.dtype.itemsize)
+    columns = -x.shape[-1] % (SWIZZLE // x.dtype.itemsize)
     padding = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % 8), (0, columns)]
     return jnp.pad(x, padding) if any(after for _, after in padding) else x
 

@@ -23,49 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-GROUP = 128  # contraction elements under one scale, and the columns under one scale of a weight block
-SWIZZLE = 128  # bytes: one row of an operand slot
-_WAVE = 64  # rows of one wgmma
+from pallas_kernels.gemm.product import GROUP, SWIZZLE, WAVE, Product, TuningConfig
+
 _COLUMNS = 32  # whose scales a thread holds at a time in Wgrad
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-Groups = Literal["none", "rows", "masked", "contraction"]
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """How a product is cut up for the machine; changes speed, never the result beyond the order of sums in a tile."""
-
-    block_m: int = 128
-    block_n: int = 128
-    warpgroups: int = 2  # consumers; they share the rows of a tile
-    stages: int = 6
-    overlap: int = 4  # K steps of a block in which promotion runs under the next product
-    cluster: Literal["", "m", "n"] = ""  # two thread blocks share the B ("m": neighbours along m) or the A tile ("n")
-    raster: tuple[int, int] = (0, 8)  # minor dimension and width of the snake in which tiles are visited
-    store_slots: int = 1
-    store_bytes: int = 128  # a row of a slot
-
-    @property
-    def waves(self) -> int:
-        """64-row products of one warpgroup in a K step."""
-        return self.block_m // (self.warpgroups * _WAVE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """Which product: shapes of scales, how rows belong to groups, what comes out."""
-
-    scales: Literal["block", "row", "none"] = "block"  # of b: per 128x128, per row and 128, or bfloat16 without scales
-    groups: Groups = "none"
-    out: str = "bfloat16"
-    weights_lie: bool = False  # b is [e, k, n], as weights are stored; of groups of rows, in bfloat16
-
-    @property
-    def per_group(self) -> bool:
-        """Whether every group has its own output, and tiles of its own."""
-        return self.groups in ("masked", "contraction")
 
 
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
@@ -198,7 +160,7 @@ class _Kernel:
         scratch = dict(
             a_slots=plgpu.SMEM((c.stages, *self._slot("a", c.block_m)), dtype, transforms=operand),
             b_slots=plgpu.SMEM((c.stages, *self._slot("b", c.block_n)), dtype, transforms=operand),
-            out_slots=plgpu.SMEM((c.warpgroups, c.store_slots, _WAVE, self.store_columns), out, transforms=stored),
+            out_slots=plgpu.SMEM((c.warpgroups, c.store_slots, WAVE, self.store_columns), out, transforms=stored),
             # The first wave also waits for b (and its row scales).
             filled=plgpu.Barrier(num_arrivals=copies * 2 if self.product.scales == "row" else copies + 1, num_barriers=c.stages),
             freed=plgpu.ClusterBarrier(collective_axes=("cluster",), **free) if c.cluster else plgpu.Barrier(**free),
@@ -385,18 +347,18 @@ def _clear_rest(kernel: _Kernel, refs: Any, warpgroup: jax.Array) -> None:
 
 def _rows_of(kernel: _Kernel, warpgroup: jax.Array, wave: int) -> jax.Array:
     """First row, within a tile, of a warpgroup's wave: waves come one after the other, so that each has its own copy of A."""
-    return wave * kernel.config.warpgroups * _WAVE + warpgroup * _WAVE
+    return wave * kernel.config.warpgroups * WAVE + warpgroup * WAVE
 
 
 def _multiply(kernel: _Kernel, refs: Any, warpgroup: jax.Array, wave: int, slot: jax.Array, acc: Any) -> None:
-    rows = pl.ds(_rows_of(kernel, warpgroup, wave), _WAVE)
+    rows = pl.ds(_rows_of(kernel, warpgroup, wave), WAVE)
     a, b = refs["a_slots"], refs["b_slots"].at[slot]
     turned = kernel.turned
     plgpu.wgmma(acc, a.at[slot, :, rows].T if turned["a"] else a.at[slot, rows], b if turned["b"] else b.T)
 
 
 def _accumulator(kernel: _Kernel) -> Any:
-    return plgpu.ACC((_WAVE, kernel.config.block_n), jnp.float32)
+    return plgpu.ACC((WAVE, kernel.config.block_n), jnp.float32)
 
 
 def _sum_plain(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, slot: jax.Array) -> tuple[Any, jax.Array]:
@@ -448,7 +410,7 @@ def _sum_scaled(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, s
 
 def _zeros(kernel: _Kernel) -> Any:
     """Sums of every wave and chunk of a tile."""
-    zero = functools.partial(jnp.zeros, (_WAVE, kernel.chunk), jnp.float32)
+    zero = functools.partial(jnp.zeros, (WAVE, kernel.chunk), jnp.float32)
     chunks = range(0, kernel.config.block_n, kernel.chunk)
     return tuple(tuple(plgpu.layout_cast(zero(), plgpu.Layout.WGMMA) for _ in chunks) for _ in range(kernel.config.waves))
 
@@ -519,7 +481,7 @@ def _scales(
     kernel: _Kernel, refs: Any, warpgroup: jax.Array, wave: int, slot: jax.Array, b_scales: list[jax.Array] | None
 ) -> list[jax.Array]:
     """For each chunk of columns what rows of a wave's partial sums are multiplied by; scales of single columns come later."""
-    rows = pl.ds(_rows_of(kernel, warpgroup, wave), _WAVE)
+    rows = pl.ds(_rows_of(kernel, warpgroup, wave), WAVE)
     a_scale = plgpu.load(refs["a_scale_slots"].at[slot, rows], layout=_ROW)
     if b_scales is None:
         return [a_scale] * (kernel.config.block_n // kernel.chunk)
@@ -570,6 +532,6 @@ def _store(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sums: 
         plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
         slot[...] = piece.astype(kernel.product.out)
         plgpu.commit_smem()
-        rows = pl.ds(tile.row + _rows_of(kernel, warpgroup, wave), _WAVE)
+        rows = pl.ds(tile.row + _rows_of(kernel, warpgroup, wave), WAVE)
         window = out.at[rows, pl.ds(tile.column + column, width)]
         plgpu.copy_smem_to_gmem(slot, window, reduction_op="add" if kernel.adds else None)

@@ -6,7 +6,7 @@ besides (first loads, store). Both times are measured ones, which `python -m exp
 
 import dataclasses
 
-from pallas_kernels.gemm.hopper import GROUP, Product, TuningConfig
+from pallas_kernels.gemm.product import GROUP, Product, TuningConfig
 
 BAND_BYTES = 20 * 2**20  # of A, in an L2 of 50 MiB beside what else passes through it; measured as `step` and `fixed` are
 

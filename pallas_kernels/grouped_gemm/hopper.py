@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gemm import run
-from pallas_kernels.gemm.hopper import GROUP, Product
+from pallas_kernels.gemm.product import GROUP, Product
 
 
 def grouped_gemm(

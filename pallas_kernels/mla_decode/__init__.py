@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.backend import sm_count, use_pallas
-from pallas_kernels.mla_decode import hopper, reference
+from pallas_kernels.mla_decode import reference
+from pallas_kernels.mla_decode.sizes import DEFAULT, TILE, Sizes, TuningConfig
 from pallas_kernels.mla_decode.splits import choose
 
 MAX_TOKENS = 4
@@ -37,7 +38,7 @@ def mla_decode(
     reason = unsupported(q.shape[1], c_kv, k_r)
     if reason:
         raise NotImplementedError(f"{reason}; use impl='reference'")
-    tiles = -(-q.shape[1] * q.shape[2] // hopper.TILE)
+    tiles = -(-q.shape[1] * q.shape[2] // TILE)
     splits = choose(len(lengths), tiles, c_kv.shape[-1], table.shape[1] * c_kv.shape[1], sm_count())
     return run(q, c_kv, k_r, table, lengths, scale, splits)
 
@@ -50,12 +51,14 @@ def run(
     lengths: Int32[Array, " b"],
     scale: float,
     splits: int,
-    config: hopper.TuningConfig = hopper.DEFAULT,
+    config: TuningConfig = DEFAULT,
 ) -> Float[Array, "b t h r"]:
     """The kernel, with positions cut into `splits` stretches whose results are then merged."""
+    from pallas_kernels.mla_decode import hopper  # only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it
+
     rows, tokens, heads, width = q.shape
     (_, page, rank), rope = c_kv.shape, k_r.shape[-1]
-    sizes = hopper.Sizes(tokens, heads, rank, rope, page, splits, scale)
+    sizes = Sizes(tokens, heads, rank, rope, page, splits, scale)
     queries = hopper.whole_tiles(q.reshape(rows, tokens * heads, width))
     partial, sums = hopper.attend(sizes, config, queries, c_kv.reshape(-1, rank), k_r.reshape(-1, rope), table, lengths)
     out = partial[0] if splits == 1 else merge(partial, sums)
@@ -71,7 +74,7 @@ def merge(partial: Float32[Array, "s b m r"], sums: Float32[Array, "s b m"]) -> 
 
 def unsupported(tokens: int, c_kv: Array, k_r: Array) -> str | None:
     """Why the kernel cannot take so many queries over this pool, whatever axes come before pages; None if it can."""
-    (page, rank), rope, block = c_kv.shape[-2:], k_r.shape[-1], hopper.DEFAULT.block
+    (page, rank), rope, block = c_kv.shape[-2:], k_r.shape[-1], DEFAULT.block
     reasons = {
         f"c_kv: dtype {c_kv.dtype}: the Hopper kernel reads bfloat16 only": c_kv.dtype != jnp.bfloat16,
         f"q: {tokens} tokens of a sequence: the Hopper kernel takes 1 to {MAX_TOKENS}": not 1 <= tokens <= MAX_TOKENS,

@@ -8,11 +8,13 @@ that do not exist are 1, their values 0. A product is `values * scale`. Every op
 What a kernel cannot take raises `NotImplementedError`. The numerical rule is in `reference`.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
-from pallas_kernels.quantize import hopper, reference
+from pallas_kernels.quantize import reference
 
 BLOCK = reference.BLOCK
 
@@ -23,7 +25,7 @@ def quantize_rows(
     """E4M3 values and scales of 1x128 tiles, for Fprop and Dgrad. `x`: bfloat16 or float32; `power_of_two`: scales rounded up to one."""
     _check_dtype("x", x, ("bfloat16", "float32"))
     _check_rows("x", x)
-    return (hopper if use_pallas(impl) else reference).quantize_rows(x, power_of_two)
+    return (_kernels() if use_pallas(impl) else reference).quantize_rows(x, power_of_two)
 
 
 def quantize_both(
@@ -32,7 +34,7 @@ def quantize_both(
     """`quantize_rows`, and for Wgrad the values of 128x1 tiles, transposed, and their scales; x is read once."""
     _check_dtype("x", x, ("bfloat16", "float32"))
     _check_rows("x", x)
-    return (hopper if use_pallas(impl) else reference).quantize_both(x, power_of_two)
+    return (_kernels() if use_pallas(impl) else reference).quantize_both(x, power_of_two)
 
 
 def quantize_blocks(
@@ -42,7 +44,7 @@ def quantize_blocks(
     _check_dtype("w", w, ("bfloat16", "float32"))
     if w.ndim not in (2, 3):
         raise ValueError(f"w: shape {w.shape}: has to be [k, n] or [experts, k, n]; reshape it")
-    return (hopper if use_pallas(impl) else reference).quantize_blocks(w)
+    return (_kernels() if use_pallas(impl) else reference).quantize_blocks(w)
 
 
 def swiglu_quantize(
@@ -54,7 +56,7 @@ def swiglu_quantize(
     """
     _check_halves("hidden", hidden)
     _check_gates(gates, hidden.shape[0])
-    return (hopper if use_pallas(impl) else reference).swiglu_quantize(hidden, gates, power_of_two)
+    return (_kernels() if use_pallas(impl) else reference).swiglu_quantize(hidden, gates, power_of_two)
 
 
 def swiglu_backward(
@@ -89,7 +91,7 @@ def swiglu_backward(
             f"d_act: shape {d_act.shape}: has to be half as wide as hidden, {hidden.shape}; pass the gradient of the activation"
         )
     arguments = hidden, scales, gates, d_act, power_of_two, act_power_of_two
-    return hopper.swiglu_backward(*arguments, sm_count()) if use_pallas(impl) else reference.swiglu_backward(*arguments)
+    return _kernels().swiglu_backward(*arguments, sm_count()) if use_pallas(impl) else reference.swiglu_backward(*arguments)
 
 
 def retile(
@@ -100,8 +102,15 @@ def retile(
     _check_rows("values", values)
     _check_scales("scales", scales, values.shape)
     if use_pallas(impl):
-        return hopper.retile(values, scales, power_of_two, sm_count())
+        return _kernels().retile(values, scales, power_of_two, sm_count())
     return reference.retile(values, scales, power_of_two)
+
+
+def _kernels() -> Any:
+    """Imported when called: Mosaic GPU takes a second, and on a CPU nobody calls it."""
+    from pallas_kernels.quantize import hopper
+
+    return hopper
 
 
 def _check_dtype(name: str, x: Array, allowed: tuple[str, ...]) -> None:

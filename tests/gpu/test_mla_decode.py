@@ -5,7 +5,7 @@ import pytest
 
 from pallas_kernels import mla_decode as op
 from pallas_kernels.backend import is_hopper
-from pallas_kernels.mla_decode import hopper
+from pallas_kernels.mla_decode.sizes import TuningConfig
 from tests.inference.test_paged_kernel import assert_same, decode
 from tests.kernels.mla_decode_cases import SCALE, DecodeCases
 
@@ -33,7 +33,7 @@ class TestFull(TestSmall):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
-@pytest.mark.parametrize("config", [hopper.TuningConfig(), hopper.TuningConfig(64, 2, 1)])
+@pytest.mark.parametrize("config", [TuningConfig(), TuningConfig(64, 2, 1)])
 class TestEveryTuning(TestSmall):
     @pytest.fixture(autouse=True)
     def tuning(self, splits, config):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mla_decode as op
-from pallas_kernels.mla_decode import hopper, splits
+from pallas_kernels.mla_decode import splits
+from pallas_kernels.mla_decode.sizes import DEFAULT, TuningConfig
 from tests.kernels.interpreter import interpreted
 from tests.kernels.mla_decode_cases import ERROR, SCALE, DecodeCases, Problem
 from tests.kernels.product_cases import assert_near
@@ -25,8 +26,8 @@ class TestInterpreted(DecodeCases):
 
 
 TUNINGS = {
-    "wide blocks": hopper.TuningConfig(block=64, stages=2, score_slots=1),
-    "few slots, single tiles": hopper.TuningConfig(block=32, stages=2, score_slots=1, pairs=False),
+    "wide blocks": TuningConfig(block=64, stages=2, score_slots=1),
+    "few slots, single tiles": TuningConfig(block=32, stages=2, score_slots=1, pairs=False),
 }
 
 
@@ -40,9 +41,9 @@ def test_every_tuning_gives_the_same(tuning):
 @pytest.mark.parametrize(
     ("rows", "tokens", "heads", "context", "config"),
     [
-        (1, 1, 128, 131072, hopper.DEFAULT),
-        (128, 2, 128, 4096, hopper.DEFAULT),
-        (8, 4, 20, 1024, hopper.DEFAULT),
+        (1, 1, 128, 131072, DEFAULT),
+        (128, 2, 128, 4096, DEFAULT),
+        (8, 4, 20, 1024, DEFAULT),
         (32, 1, 128, 131072, TUNINGS["wide blocks"]),
     ],
 )

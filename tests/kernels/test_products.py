@@ -8,7 +8,7 @@ import pytest
 from experiments.bench.tiles import fit
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
-from pallas_kernels.gemm.hopper import Product, TuningConfig
+from pallas_kernels.gemm.product import Product, TuningConfig
 from tests.kernels.interpreter import interpreted
 from tests.kernels.product_cases import BF16_ERROR, Blocks, ProductCases, Rows, assert_near, rough
 

@@ -1,0 +1,45 @@
+"""What a product is, and how it is cut up for the machine: known without the kernel, whose import takes a second."""
+
+import dataclasses
+from typing import Literal
+
+GROUP = 128  # contraction elements under one scale, and the columns under one scale of a weight block
+SWIZZLE = 128  # bytes: one row of an operand slot
+WAVE = 64  # rows of one wgmma
+
+Groups = Literal["none", "rows", "masked", "contraction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningConfig:
+    """How a product is cut up for the machine; changes speed, never the result beyond the order of sums in a tile."""
+
+    block_m: int = 128
+    block_n: int = 128
+    warpgroups: int = 2  # consumers; they share the rows of a tile
+    stages: int = 6
+    overlap: int = 4  # K steps of a block in which promotion runs under the next product
+    cluster: Literal["", "m", "n"] = ""  # two thread blocks share the B ("m": neighbours along m) or the A tile ("n")
+    raster: tuple[int, int] = (0, 8)  # minor dimension and width of the snake in which tiles are visited
+    store_slots: int = 1
+    store_bytes: int = 128  # a row of a slot
+
+    @property
+    def waves(self) -> int:
+        """64-row products of one warpgroup in a K step."""
+        return self.block_m // (self.warpgroups * WAVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Which product: shapes of scales, how rows belong to groups, what comes out."""
+
+    scales: Literal["block", "row", "none"] = "block"  # of b: per 128x128, per row and 128, or bfloat16 without scales
+    groups: Groups = "none"
+    out: str = "bfloat16"
+    weights_lie: bool = False  # b is [e, k, n], as weights are stored; of groups of rows, in bfloat16
+
+    @property
+    def per_group(self) -> bool:
+        """Whether every group has its own output, and tiles of its own."""
+        return self.groups in ("masked", "contraction")
