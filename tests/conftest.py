@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, jaxtyping's shapes checked by beartype in all of the library, and what makes many processes quick."""
 
+import gc
 import os
 import tempfile
 
@@ -25,6 +26,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # of this process; a launched comma
 # a place among those that were sent after the kernel and wait for it.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook(["dsv3_jax", "pallas_kernels"], "beartype.beartype")
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects that live on: to look for garbage among them took 8 % of the time
 
 LONGEST = ("training/test_resume.py", "test_notebooks.py", "test_ablations.py", "interop/test_commands.py", "training/test_step.py")
 

@@ -120,7 +120,7 @@ def assert_close(model, off, trained, as_expected):
 
 # What float32 itself leaves of nine layers and 18 micro-batches: on one device, their sum in reverse order leads to parameters that
 # differ by up to 5.0e-6 after five steps, 3.9e-6 of it beyond rtol, and in the same matrix as those of a pipeline (4.0e-6).
-DEEP_ATOL = 5e-6
+NINE_ATOL = 5e-6
 
 # Two layers on two stages, without what costs compilation; the others have dense layers, MTP, and stages of unequal length.
 TWO = dataclasses.replace(DEEP, num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0, q_lora_rank=None)
@@ -135,12 +135,12 @@ def test_dualpipe_with_experts_and_masters_on_all_axes_in_float32():
 @pytest.mark.parametrize("schedule", GENERATORS)
 def test_every_schedule_on_four_ranks_equals_no_pipeline(schedule):
     """M = 10 above 2 P; 9 layers on four stages, or on the eight of DualPipeV. Two devices also without: one routes a token otherwise."""
-    assert_same(train(NINE, EXACT, (4, 1, 1, 2), schedule=schedule, micro=10), train(NINE, EXACT, (1, 1, 1, 2), micro=10), 1e-4, DEEP_ATOL)
+    assert_same(train(NINE, EXACT, (4, 1, 1, 2), schedule=schedule, micro=10), train(NINE, EXACT, (1, 1, 1, 2), micro=10), 1e-4, NINE_ATOL)
 
 
 @pytest.mark.slow
 def test_dualpipe_on_eight_ranks_equals_no_pipeline():
-    assert_same(train(NINE, EXACT, (8, 1, 1, 1), micro=18), train(NINE, EXACT, micro=18), 1e-4, DEEP_ATOL)
+    assert_same(train(NINE, EXACT, (8, 1, 1, 1), micro=18), train(NINE, EXACT, micro=18), 1e-4, NINE_ATOL)
 
 
 @pytest.mark.slow
