@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import tempfile
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process; the others, and the commands that tests launch, inherit this
@@ -9,14 +10,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process; the others, an
     # Compiled programs are shared between tests; a folder given from outside keeps them between test runs.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_shared.name}/programs")
     os.environ |= {
-        # Tests compile much and run little, so they compile without optimising, and by XLA's former emitter of fusions, in half the time.
+        # Tests compile much and run little, so they compile without optimising.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # A launched command would spend seconds on compiling JAX's own source where no bytecode may be written beside it.
         "PYTHONPYCACHEPREFIX": f"{_shared.name}/bytecode",
         "PYTHONDONTWRITEBYTECODE": "",
     }
+    if "slow" not in sys.argv:  # by XLA's former emitter of fusions, in half the time; slow tests take the one that users have
+        emitter = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {emitter}".strip()
 
 import jax
 from jaxtyping import install_import_hook
