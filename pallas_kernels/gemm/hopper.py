@@ -128,8 +128,7 @@ class _Kernel:
     @property
     def tiles(self) -> tuple[int, int]:
         """Tiles along m and n; with a cluster, pairs of them along one."""
-        c = self.config
-        return pl.cdiv(self.m, c.block_m * (2 if c.cluster == "m" else 1)), pl.cdiv(self.n, c.block_n * (2 if c.cluster == "n" else 1))
+        return pl.cdiv(self.m, self.config.rows), pl.cdiv(self.n, self.config.columns)
 
     @property
     def chunk(self) -> int:
@@ -221,9 +220,8 @@ def _live_tiles(kernel: _Kernel, refs: Any) -> tuple[Any, int]:
     m_tiles: Any
     m_tiles, n_tiles = kernel.tiles
     if kernel.product.groups == "rows":
-        c = kernel.config
         rows = refs["index"][kernel.m // GROUP] * GROUP
-        m_tiles = lax.div(rows, c.block_m * (2 if c.cluster == "m" else 1))
+        m_tiles = lax.div(rows, kernel.config.rows)
     return m_tiles, n_tiles
 
 

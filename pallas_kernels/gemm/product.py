@@ -25,6 +25,16 @@ class TuningConfig:
     store_bytes: int = 128  # a row of a slot
 
     @property
+    def rows(self) -> int:
+        """Rows of the tiles that a cluster, or a block without one, takes at once."""
+        return self.block_m * (2 if self.cluster == "m" else 1)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the same."""
+        return self.block_n * (2 if self.cluster == "n" else 1)
+
+    @property
     def waves(self) -> int:
         """64-row products of one warpgroup in a K step."""
         return self.block_m // (self.warpgroups * WAVE)

@@ -70,8 +70,7 @@ def in_bands(config: TuningConfig, m: int, k: int) -> TuningConfig:
 
     Not under eight tiles, where those that run together would share too little. k in numbers of 8 bits.
     """
-    rows = config.block_m * (2 if config.cluster == "m" else 1)
-    tiles, kept = -(-m // rows), max(8, BAND_BYTES // (rows * k))
+    tiles, kept = -(-m // config.rows), max(8, BAND_BYTES // (config.rows * k))
     bands = -(-tiles // kept)
     return dataclasses.replace(config, raster=(0, -(-tiles // bands)))
 
@@ -101,6 +100,5 @@ def modelled_time(candidate: Candidate, m: int, n: int, k: int, sm_count: int, g
 
 def waves(config: TuningConfig, m: int, n: int, sm_count: int, groups: int = 1) -> int:
     """Rounds in which the tiles of `groups` products run over the multiprocessors. A cluster takes two tiles at once."""
-    pair_m, pair_n = (2 if config.cluster == axis else 1 for axis in "mn")
-    units = groups * -(-m // (config.block_m * pair_m)) * -(-n // (config.block_n * pair_n))
-    return -(-units // (sm_count // (pair_m * pair_n)))
+    units = groups * -(-m // config.rows) * -(-n // config.columns)
+    return -(-units // (sm_count // (2 if config.cluster else 1)))
