@@ -9,12 +9,16 @@ values are padded with zeros to the query width and the padding is cut off the o
 import functools
 import importlib.util
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.precision.linear import keep
+from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
+from dsv3_jax.precision.quantize import Quantized, dequantize
 from pallas_kernels.backend import is_hopper
 
 _log = logging.getLogger(__name__)
@@ -30,12 +34,20 @@ def resolve_implementation(impl: str, backend: str, dtype: str, tiles_fit: bool 
         return impl
     choice = "reference"
     if backend == "gpu" and dtype in ("bfloat16", "float16"):
-        choice = "tokamax" if tiles_fit and is_hopper() and importlib.util.find_spec("tokamax") else "cudnn"
+        installed = all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton"))  # tokamax.ops.gpu imports the other too
+        choice = "tokamax" if tiles_fit and is_hopper() and installed else "cudnn"
     _log.info("attention: impl=auto picked %s (backend %s, %s)", choice, backend, dtype)
     return choice
 
 
-def attention(
+class Attended(NamedTuple):
+    """The output, and in FP8 what the backward passes of attention and of the Linear after it both keep of it."""
+
+    out: Float[Array, "b t h v"]
+    kept: Quantized | None  # None: the Linear makes its own
+
+
+def attend(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
@@ -43,19 +55,23 @@ def attention(
     scale: float,
     segment_ids: Int[Array, "b t"] | None = None,
     impl: str = "auto",
-) -> Float[Array, "b t h v"]:
+    recipe: Recipe = BF16,
+) -> Attended:
     """Causal softmax attention (V3 eq. 10). With `segment_ids`, a token sees only its own segment.
 
-    impl: auto | reference | tokamax | cudnn. Raises NotImplementedError for a document mask in the last two.
+    The output is kept for the backward pass as "attention_out", in FP8 by the Linear after it, which `recipe` is of. tokamax keeps the sums
+    of its softmax too, as "attention_sums", so it is not computed again where both are kept, and in FP8 its backward pass reads the
+    Linear's E5M6 (V3 sec. 3.3.2). impl: auto | reference | tokamax | cudnn. Raises NotImplementedError for a document mask in the last two.
     """
     tiles_fit = q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0 and v.shape[-1] % 64 == 0
     chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, tiles_fit)
-    if chosen == "reference":
-        return _causal_reference(q, k, v, scale, segment_ids)
-    if segment_ids is not None:
+    if chosen != "reference" and segment_ids is not None:
         remedy = "use precision.impl=reference or data.document_mask=False"
         raise NotImplementedError(f"{chosen} attention has no document mask here; {remedy}")
-    return _tokamax(q, k, v, scale) if chosen == "tokamax" else _cudnn(q, k, v, scale)
+    if chosen == "tokamax":
+        return Attended(*_tokamax(q, k, v, scale, recipe))
+    out = _causal_reference(q, k, v, scale, segment_ids) if chosen == "reference" else _cudnn(q, k, v, scale)
+    return Attended(out if recipe.fp8 else checkpoint_name(out, "attention_out"), None)
 
 
 # Queries of long rows go in four pieces, each with the keys up to its end: little over half the scores
@@ -94,8 +110,40 @@ def _import_tokamax() -> Any:
     return tokamax
 
 
-def _tokamax(q: Array, k: Array, v: Array, scale: float) -> Array:
-    return _import_tokamax().dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="mosaic_gpu")
+def _tokamax_kernel() -> Any:
+    return _import_tokamax().ops.gpu.PallasMosaicFlashAttention()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _tokamax(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[Array, Quantized | None]:
+    out = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True)
+    return out, _keep(out, recipe)
+
+
+def _keep(out: Array, recipe: Recipe) -> Quantized | None:
+    return keep(out.reshape(*out.shape[:2], -1), recipe, AFTER_ATTENTION) if recipe.fp8 else None
+
+
+def _tokamax_fwd(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[tuple[Array, Quantized | None], tuple]:
+    out, sums = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
+    sums = jax.tree.map(lambda part: checkpoint_name(part, "attention_sums"), sums)
+    if not recipe.fp8:
+        out = checkpoint_name(out, "attention_out")
+    kept = _keep(out, recipe)
+    return (out, kept), (q, k, v, sums, out if kept is None else kept)
+
+
+def _tokamax_bwd(scale: float, recipe: Recipe, residual: tuple, gradient: tuple[Array, Any]) -> tuple[Array, Array, Array]:
+    q, k, v, sums, kept = residual
+    out = dequantize(kept, q.dtype.name).reshape(v.shape) if recipe.fp8 else kept
+    kernel = _tokamax_kernel()
+    bound = kernel.bind(q, k, v, logits_scale=scale, is_causal=True)
+    options = {name: option for name, option in bound.kwargs.items() if name != "return_residuals"}
+    gradients = kernel.vjp(sums, out, gradient[0], *bound.args, **options)
+    return gradients["q"], gradients["k"], gradients["v"]
+
+
+_tokamax.defvjp(_tokamax_fwd, _tokamax_bwd)
 
 
 def _cudnn(q: Array, k: Array, v: Array, scale: float) -> Array:

@@ -15,11 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.attention import attention
+from dsv3_jax.model.attention import Attended, attend
 from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
 from dsv3_jax.parallel.heads import Heads
 from dsv3_jax.precision.linear import linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
+from dsv3_jax.precision.quantize import Quantized
 from pallas_kernels.mla_decode import mla_decode
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
@@ -61,10 +62,10 @@ def expanded_attention(
     segment_ids: Int[Array, "b t"] | None,
     impl: str,
     recipe: Recipe = BF16,
-) -> Float[Array, "b t h v"]:
+) -> Attended:
     """Training form: keys `[c_kv W_UK ; k_r]` and values `c_kv W_UV` for every head (eq. 4-10)."""
     k, v = expand(latent, kv_b_proj, q_c.shape[2], q_c.shape[3], recipe)
-    return attention(jnp.concatenate([q_c, q_r], -1), k, v, scale=scale, segment_ids=segment_ids, impl=impl)
+    return attend(jnp.concatenate([q_c, q_r], -1), k, v, scale=scale, segment_ids=segment_ids, impl=impl, recipe=recipe)
 
 
 def absorbed_attention(
@@ -138,9 +139,8 @@ class MLA(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
         q_c, q_r = self.queries(x, positions)
         latent = self.latent(x, positions)
-        out = expanded_attention(q_c, q_r, latent, self.kv_b_proj, softmax_scale(self.config), segment_ids, self.impl, self.recipe)
-        # In FP8 the next product keeps it, as E5M6 under the same name.
-        return self._project(out if self.recipe.fp8 else checkpoint_name(out, "attention_out"))
+        scale = softmax_scale(self.config)
+        return self._project(*expanded_attention(q_c, q_r, latent, self.kv_b_proj, scale, segment_ids, self.impl, self.recipe))
 
     def decode(
         self,
@@ -160,7 +160,7 @@ class MLA(nn.Module):
         new, scale = self.latent(x, positions), softmax_scale(self.config)
         cache, latents = store(cache, new, positions)
         if mask is None:
-            out = expanded_attention(q_c, q_r, new, self.kv_b_proj, scale, None, self.impl, self.recipe)
+            out = expanded_attention(q_c, q_r, new, self.kv_b_proj, scale, None, self.impl, self.recipe).out
         else:
             out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, scale, mask)
         return self._project(out), cache
@@ -184,8 +184,8 @@ class MLA(nn.Module):
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])
 
-    def _project(self, out: Array) -> Array:
-        projected = self.o_proj(out.reshape(*out.shape[:2], -1))
+    def _project(self, out: Array, kept: Quantized | None = None) -> Array:
+        projected = self.o_proj(out.reshape(*out.shape[:2], -1), kept)
         return self.heads.scatter(projected) if self.heads else projected
 
     def _of_group(self, x: Array) -> Array:

@@ -30,7 +30,7 @@ Params = dict[str, Any]  # nested; leaves are arrays
 
 # Kept for the backward pass by remat="selective"; the rest, RMSNorms, MLA up-projections and SwiGLU
 # outputs above all, is computed again (V3 sec. 3.2.3).
-SAVED_NAMES = ("q_latent", "kv_latent", "attention_out", "attention_residual", "swiglu_in", "routing")
+SAVED_NAMES = ("q_latent", "kv_latent", "attention_out", "attention_sums", "attention_residual", "swiglu_in", "routing")
 
 # A stack of up to so many layers is written out: on a CPU, and in the stages of a pipeline on any device (training/pipeline_step.py).
 # Deeper ones are a loop, so compile time does not grow with depth.

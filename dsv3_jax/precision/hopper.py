@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.policy import Recipe, Role
-from dsv3_jax.precision.quantize import BLOCK, quantize
+from dsv3_jax.precision.quantize import BLOCK, Quantized, quantize
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.gemm import gemm, wgrad
 from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
@@ -66,7 +66,13 @@ def fprop(x: Float[Array, "m k"], kernel: Array, owned: Owners | None, role: Rol
     """The product, and what the backward pass keeps of x."""
     inputs = Kept(*quantize_rows(x, role.input_power_of_two, _IMPL))
     y = _times_kernel(inputs, kernel, owned)
-    return y, inputs if role.stored is E4M3 else _kept(x, role)
+    # There is no kernel that quantizes to another format than is multiplied.
+    return y, inputs if role.stored is E4M3 else arranged(quantize(x, (1, BLOCK), role.stored, role.wgrad_power_of_two))
+
+
+def arranged(q: Quantized) -> Kept:
+    """1x128 tiles of the reference with their scales as the kernels read them."""
+    return Kept(q.values, jnp.pad(q.scales.T, ((0, 0), (0, -q.values.shape[0] % BLOCK)), constant_values=1))
 
 
 def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:
@@ -147,12 +153,6 @@ def _arranged(tokens: Kept, rows: Rows | None) -> Kept:
 
 def _summed(y: Array, rows: Rows | None) -> Array:
     return y if rows is None else combine(y, rows)
-
-
-def _kept(x: Array, role: Role) -> Kept:
-    """An input that is kept in another format than it is multiplied in, for which there is no kernel."""
-    q = quantize(x, (1, BLOCK), role.stored, role.wgrad_power_of_two)
-    return Kept(q.values, jnp.pad(q.scales.T, ((0, 0), (0, -x.shape[0] % BLOCK)), constant_values=1))
 
 
 def _times_kernel(x: Kept, kernel: Array, owned: Owners | None) -> Array:

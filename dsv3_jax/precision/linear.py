@@ -36,11 +36,18 @@ BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
 _Roles = tuple[Role, Role]
 
 
-def linear(x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR) -> Float[Array, "*b n"]:
-    """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum)."""
+def linear(
+    x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR, kept: Quantized | None = None
+) -> Float[Array, "*b n"]:
+    """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum). `kept`: what `keep` made of x."""
     rows = _rows(x)
-    y = _product(rows, kernel, None, recipe, role)
+    y = _product(rows, kernel, None, kept, recipe, role)
     return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def keep(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Quantized:
+    """What the backward pass of `linear` keeps of x in FP8, for another that needs it too: made, named and kept once for both."""
+    return _named(_kept(_rows(x), recipe, role), role.name)
 
 
 def grouped_linear(
@@ -57,7 +64,7 @@ def grouped_linear(
     first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
     costs as many times more as there are experts. In FP8 the tiles of Wgrad along rows start with each block.
     """
-    return _tapped(x, kernel, block_expert, recipe, role, _product(x, kernel, block_expert, recipe, role))
+    return _tapped(x, kernel, block_expert, recipe, role, _product(x, kernel, block_expert, None, recipe, role))
 
 
 @jax.named_scope("swiglu")
@@ -129,25 +136,30 @@ _rounded_gradient.defvjp(lambda y: (y, None), _rounded)
 # --- one product and its gradients ---
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
-    return _product_fwd(x, kernel, block_expert, recipe, role)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _product(x: Array, kernel: Array, block_expert: BlockExpert, kept: Quantized | None, recipe: Recipe, role: Role) -> Array:
+    return _product_fwd(x, kernel, block_expert, kept, recipe, role)[0]
 
 
-def _product_fwd(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
+def _product_fwd(
+    x: Array, kernel: Array, block_expert: BlockExpert, kept: Quantized | None, recipe: Recipe, role: Role
+) -> tuple[Array, tuple]:
     if recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert)):
         y, lines = hopper.fprop(_rows(x), kernel, _owners(x, kernel, block_expert), role)
-        return y.reshape(*x.shape[:-1], -1), (_named(lines, role.name), kernel, block_expert)
-    kept = _named(_kept(x, recipe, role), role.name) if recipe.fp8 else x
-    return _fprop(x, kernel, block_expert, recipe, role), (kept, kernel, block_expert)
+        return y.reshape(*x.shape[:-1], -1), (_named(lines, role.name) if kept is None else hopper.arranged(kept), kernel, block_expert)
+    if recipe.fp8:
+        stored: Array | Quantized = _named(_kept(x, recipe, role), role.name) if kept is None else kept
+    else:
+        stored = x
+    return _fprop(x, kernel, block_expert, recipe, role), (stored, kernel, block_expert)
 
 
-def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None]:
+def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None, None]:
     kept, kernel, block_expert = residual
     if isinstance(kept, hopper.Kept):
         dx, d_kernel = hopper.gradients(kept, kernel, _owners(dy, kernel, block_expert), _rows(dy), role)
-        return dx.reshape(*dy.shape[:-1], -1), d_kernel, None
-    return (*_gradients(kept, kernel, block_expert, dy, recipe, role), None)
+        return dx.reshape(*dy.shape[:-1], -1), d_kernel, None, None
+    return (*_gradients(kept, kernel, block_expert, dy, recipe, role), None, None)
 
 
 _product.defvjp(_product_fwd, _product_bwd)

@@ -6,7 +6,7 @@
 | inputs of linear layers, and gradients of their outputs | E4M3, a scale per 1x128 |
 | weights | E4M3, a scale per 128x128; the master stays float32 |
 | what Wgrad needs of an input | kept as E4M3 of Fprop, changed to 128x1 in the backward pass |
-| input of the Linear after attention | kept as E5M6, scales are powers of two |
+| input of the Linear after attention | kept as E5M6, scales are powers of two; fused attention's backward pass reads the same |
 | inputs of SwiGLU | kept as E4M3; its output is computed again |
 | what MoE dispatch sends: inputs of experts, gradients before their down-projection | scales are powers of two |
 | what MoE combine sends | bfloat16 |

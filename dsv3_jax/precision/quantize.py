@@ -7,6 +7,7 @@ online; a tile of zeros has scale 1.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,9 @@ Tile = tuple[int, int]
 class Quantized:
     """Values in a low format and the scale of every tile: the tensor is their product."""
 
-    values: Array  # [..., m, n]
-    scales: Array  # [..., tiles of m, tiles of n], float32
+    # Arrays; JAX also rebuilds such a tree around things of its own.
+    values: Array | Any  # [..., m, n]
+    scales: Array | Any  # [..., tiles of m, tiles of n], float32
     tile: Tile
 
     def transpose(self) -> "Quantized":

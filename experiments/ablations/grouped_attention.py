@@ -8,11 +8,10 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.attention import attention
+from dsv3_jax.model.attention import attend
 from dsv3_jax.model.layers import Linear, rope
 from dsv3_jax.model.transformer import self_attention
 from dsv3_jax.precision.policy import AFTER_ATTENTION, Recipe
@@ -45,9 +44,9 @@ class GroupedAttention(nn.Module):
 
         q, k, v = project("q_proj", heads), project("k_proj", groups), project("v_proj", groups)
         k, v = (jnp.repeat(a, heads // groups, axis=2) for a in (rope(k, positions, c), v))
-        out = attention(rope(q, positions, c), k, v, scale=width**-0.5, segment_ids=segment_ids, impl=self.impl)
-        out = out if self.recipe.fp8 else checkpoint_name(out, "attention_out")
-        return Linear(c.hidden_size, c.initializer_range, self.recipe, AFTER_ATTENTION, name="o_proj")(out.reshape(*x.shape[:2], -1))
+        q = rope(q, positions, c)
+        out, kept = attend(q, k, v, scale=width**-0.5, segment_ids=segment_ids, impl=self.impl, recipe=self.recipe)
+        return Linear(c.hidden_size, c.initializer_range, self.recipe, AFTER_ATTENTION, name="o_proj")(out.reshape(*x.shape[:2], -1), kept)
 
 
 @self_attention.register

@@ -14,13 +14,13 @@ def implementations(config: ModelConfig) -> dict[str, Attend]:
 
     import jax
 
-    from dsv3_jax.model.attention import attention
+    from dsv3_jax.model.attention import attend
     from dsv3_jax.model.layers import softmax_scale
 
     scale = softmax_scale(config)
 
     def ours(impl: str) -> Attend:
-        return lambda q, k, v: attention(q, k, v, scale=scale, impl=impl)
+        return lambda q, k, v: attend(q, k, v, scale=scale, impl=impl).out
 
     found = {"plain JAX": ours("reference")}
     if jax.default_backend() == "gpu":

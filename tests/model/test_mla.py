@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import RopeScaling
-from dsv3_jax.model.attention import attention, masked_attention, resolve_implementation
+from dsv3_jax.model.attention import attend, masked_attention, resolve_implementation
 from dsv3_jax.model.layers import rope, rope_frequencies, softmax_scale
 from dsv3_jax.model.mla import MLA, Latent, contiguous
 from tests.small import MODEL, model
@@ -89,14 +89,14 @@ def test_long_rows_in_pieces_equal_the_full_square(segmented):
     q, k, v = (jax.random.normal(key, (1, 256, 2, 4)) for key in jax.random.split(jax.random.key(0), 3))
     ids = jnp.arange(256)[None] // 100 if segmented else jnp.zeros((1, 256), jnp.int32)
     mask = jnp.tril(jnp.ones((256, 256), bool)) & (ids[:, :, None] == ids[:, None, :])
-    got = attention(q, k, v, scale=0.5, segment_ids=ids if segmented else None, impl="reference")
+    got = attend(q, k, v, scale=0.5, segment_ids=ids if segmented else None, impl="reference").out
     np.testing.assert_allclose(got, masked_attention(q, k, v, 0.5, mask), atol=1e-5)
 
 
 def test_attention_with_cudnn_names_what_it_cannot_do():
     q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="document mask"):
-        attention(q, q, q, scale=1.0, segment_ids=jnp.zeros((1, 4), jnp.int32), impl="cudnn")
+        attend(q, q, q, scale=1.0, segment_ids=jnp.zeros((1, 4), jnp.int32), impl="cudnn")
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,17 @@ def saved_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dic
         "q_latent": tokens * (m.q_lora_rank or 0) * itemsize,
         "kv_latent": tokens * (m.kv_lora_rank + m.qk_rope_head_dim) * itemsize,
         "attention_out": product_input_bytes(config, tokens, m.num_attention_heads * m.v_head_dim, E5M6),
+        "attention_sums": tokens * m.num_attention_heads * 2 * FLOAT32_BYTES if _fused_attention(config) else 0,
         "attention_residual": tokens * m.hidden_size * itemsize,
         "swiglu_in": sum(product_input_bytes(config, rows, 2 * width) for rows, width in _ffns(config, is_moe, tokens)),
         "routing": tokens * m.num_experts_per_tok * 4 if is_moe else 0,
     }
     return {name: sizes[name] for name in SAVED_NAMES}
+
+
+def _fused_attention(config: Config) -> bool:
+    """Whether a GPU's attention keeps sums of the softmax, and no scores."""
+    return resolve_implementation(config.precision.impl, "gpu", config.train.compute_dtype) != "reference"
 
 
 @functools.cache
@@ -104,14 +110,13 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
     m, in_fp8 = config.model, config.precision.policy == "fp8"
     copies = FLOAT32_BYTES * (1 if itemsize == FLOAT32_BYTES else 2) + (0 if in_fp8 else itemsize)
     heads = m.num_attention_heads
-    fused = resolve_implementation(config.precision.impl, "gpu", config.train.compute_dtype) != "reference"
-    per_score = 0 if fused else 2 * FLOAT32_BYTES + itemsize + 1
+    of_query = 0 if _fused_attention(config) else config.train.sequence_length * (2 * FLOAT32_BYTES + itemsize + 1) + 2 * FLOAT32_BYTES
     of_norms = [m.hidden_size] * 2 + [m.kv_lora_rank] + ([m.q_lora_rank] if m.q_lora_rank else [])
     of_norms += [m.hidden_size] if not is_moe or m.n_shared_experts else []
     return {
         "norms": tokens * copies * (2 * m.hidden_size + (m.q_lora_rank or 0) + m.kv_lora_rank),
         "queries_keys_values": tokens * heads * (2 * m.qk_head_dim + m.v_head_dim) * itemsize,
-        "attention_scores": tokens * heads * (config.train.sequence_length * per_score + 2 * FLOAT32_BYTES),
+        "attention_scores": tokens * heads * of_query,
         "expert_inputs": product_input_bytes(config, buffer_rows(config, tokens), m.hidden_size) if is_moe else 0,
         "quantized_inputs": sum(product_input_bytes(config, tokens, width) for width in of_norms) if in_fp8 else 0,
         "router_input": FLOAT32_BYTES * tokens * m.hidden_size if is_moe and in_fp8 else 0,
