@@ -47,6 +47,23 @@ def test_gates_come_from_unbiased_affinities(scoring, normalised):
     np.testing.assert_allclose(routing.gates, 2.5 * gates, rtol=2e-5)
 
 
+def test_rows_in_bfloat16_are_routed_in_float32():
+    """Logits and their gradients against float64; a kernel cut to bfloat16 would be 1e-3 off."""
+    rng = np.random.default_rng(2)
+    x, kernel, d = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((512, 96), (96, 8), (512, 8)))
+    kernel, rows = kernel / 10, x.astype(jnp.bfloat16)  # sigmoids of small numbers tell them exactly
+
+    def logits(x, kernel):
+        affinities = route(x, kernel, jnp.zeros(8), model(n_routed_experts=8)).affinities
+        return jnp.log(affinities) - jnp.log1p(-affinities)
+
+    found, back = jax.vjp(logits, rows, kernel)
+    exact_rows, exact_kernel, exact_d = (np.asarray(a, np.float64) for a in (rows, kernel, d))
+    expected = exact_rows @ exact_kernel, exact_d @ exact_kernel.T, exact_rows.T @ exact_d
+    for got, exact, tolerance in zip((found, *back(d)), expected, (1e-6, 4e-3, 1e-6), strict=True):
+        assert np.linalg.norm(np.asarray(got, np.float64) - exact) < tolerance * np.linalg.norm(exact)
+
+
 def test_no_gradient_reaches_the_bias():
     x, kernel = jax.random.normal(jax.random.key(0), (16, 24)), jax.random.normal(jax.random.key(1), (24, 8))
     gradient = jax.grad(lambda bias: (route(x, kernel, bias, MODEL).gates ** 2).sum())(jnp.linspace(-1, 1, 8))
