@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.precision.linear import keep
+from dsv3_jax.precision.linear import Prepared, prepare, restored
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
-from dsv3_jax.precision.quantize import Quantized, dequantize
 from pallas_kernels.backend import is_hopper
 
 _log = logging.getLogger(__name__)
@@ -41,10 +40,10 @@ def resolve_implementation(impl: str, backend: str, dtype: str, tiles_fit: bool 
 
 
 class Attended(NamedTuple):
-    """The output, and in FP8 what the backward passes of attention and of the Linear after it both keep of it."""
+    """The output, and in FP8 what the Linear after it takes, whose backward pass and attention's own keep the same of it."""
 
     out: Float[Array, "b t h v"]
-    kept: Quantized | None  # None: the Linear makes its own
+    prepared: Prepared | None  # None: the Linear makes its own
 
 
 def attend(
@@ -115,27 +114,27 @@ def _tokamax_kernel() -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _tokamax(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[Array, Quantized | None]:
+def _tokamax(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[Array, Prepared | None]:
     out = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True)
-    return out, _keep(out, recipe)
+    return out, _prepared(out, recipe)
 
 
-def _keep(out: Array, recipe: Recipe) -> Quantized | None:
-    return keep(out.reshape(*out.shape[:2], -1), recipe, AFTER_ATTENTION) if recipe.fp8 else None
+def _prepared(out: Array, recipe: Recipe) -> Prepared | None:
+    return prepare(out.reshape(*out.shape[:2], -1), recipe, AFTER_ATTENTION) if recipe.fp8 else None
 
 
-def _tokamax_fwd(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[tuple[Array, Quantized | None], tuple]:
+def _tokamax_fwd(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[tuple[Array, Prepared | None], tuple]:
     out, sums = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
     sums = jax.tree.map(lambda part: checkpoint_name(part, "attention_sums"), sums)
     if not recipe.fp8:
         out = checkpoint_name(out, "attention_out")
-    kept = _keep(out, recipe)
-    return (out, kept), (q, k, v, sums, out if kept is None else kept)
+    prepared = _prepared(out, recipe)
+    return (out, prepared), (q, k, v, sums, prepared.kept if prepared else out)
 
 
 def _tokamax_bwd(scale: float, recipe: Recipe, residual: tuple, gradient: tuple[Array, Any]) -> tuple[Array, Array, Array]:
     q, k, v, sums, kept = residual
-    out = dequantize(kept, q.dtype.name).reshape(v.shape) if recipe.fp8 else kept
+    out = restored(kept, q.dtype.name).reshape(v.shape) if recipe.fp8 else kept
     kernel = _tokamax_kernel()
     bound = kernel.bind(q, k, v, logits_scale=scale, is_causal=True)
     options = {name: option for name, option in bound.kwargs.items() if name != "return_residuals"}

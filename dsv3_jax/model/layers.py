@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.precision.linear import ffn, linear
+from dsv3_jax.precision.linear import Prepared, ffn, linear
 from dsv3_jax.precision.policy import BF16, LINEAR, Recipe, Role
-from dsv3_jax.precision.quantize import Quantized
 
 
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
@@ -99,9 +98,9 @@ class Linear(nn.Module):
     role: Role = LINEAR
 
     @nn.compact
-    def __call__(self, x: Array, kept: Quantized | None = None) -> Array:
+    def __call__(self, x: Array, prepared: Prepared | None = None) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), jnp.float32)
-        return linear(x, kernel, self.recipe, self.role, kept)
+        return linear(x, kernel, self.recipe, self.role, prepared)
 
 
 class SwiGLU(nn.Module):

@@ -18,9 +18,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import Attended, attend
 from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
 from dsv3_jax.parallel.heads import Heads
-from dsv3_jax.precision.linear import linear
+from dsv3_jax.precision.linear import Prepared, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
-from dsv3_jax.precision.quantize import Quantized
 from pallas_kernels.mla_decode import mla_decode
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
@@ -184,8 +183,8 @@ class MLA(nn.Module):
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])
 
-    def _project(self, out: Array, kept: Quantized | None = None) -> Array:
-        projected = self.o_proj(out.reshape(*out.shape[:2], -1), kept)
+    def _project(self, out: Array, prepared: Prepared | None = None) -> Array:
+        projected = self.o_proj(out.reshape(*out.shape[:2], -1), prepared)
         return self.heads.scatter(projected) if self.heads else projected
 
     def _of_group(self, x: Array) -> Array:

@@ -48,8 +48,8 @@ def flush(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 
 def _round_mantissa(x: Array, bits: int, min_exponent: int) -> Array:
     """Rounds to `bits` mantissa bits, fewer below the smallest normal exponent. Exact: it only scales by powers of two."""
-    quantum = power_of_two(jnp.maximum(exponent(x), min_exponent) - bits)
-    return jnp.round(x / quantum) * quantum
+    quantum = jnp.maximum(exponent(x), min_exponent) - bits
+    return jnp.round(x * power_of_two(-quantum)) * power_of_two(quantum)
 
 
 def exponent(x: Float[Array, "*s"]) -> Array:

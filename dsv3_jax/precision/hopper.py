@@ -14,11 +14,19 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.policy import Recipe, Role
-from dsv3_jax.precision.quantize import BLOCK, Quantized, quantize
+from dsv3_jax.precision.quantize import BLOCK, Quantized
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.gemm import gemm, wgrad
 from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
-from pallas_kernels.quantize import quantize_blocks, quantize_both, quantize_rows, retile, swiglu_backward, swiglu_quantize
+from pallas_kernels.quantize import (
+    quantize_and_keep,
+    quantize_blocks,
+    quantize_both,
+    quantize_rows,
+    retile,
+    swiglu_backward,
+    swiglu_quantize,
+)
 
 _IMPL = "pallas"  # whoever calls this module has chosen
 
@@ -28,6 +36,10 @@ class Kept(NamedTuple):
 
     values: Float[Array, "m k"]
     scales: Float32[Array, "kb mp"]
+
+    def as_reference(self) -> Quantized:
+        """The same as the reference arranges it."""
+        return Quantized(self.values, self.scales[:, : self.values.shape[0]].T, (1, BLOCK))
 
 
 class Owners(NamedTuple):
@@ -62,17 +74,18 @@ def owners(block_expert: Int[Array, " blocks"], rows: int, n_experts: int) -> Ow
     return Owners(tiles, first_tiles(tiles, n_experts), together)
 
 
-def fprop(x: Float[Array, "m k"], kernel: Array, owned: Owners | None, role: Role) -> tuple[Float[Array, "m n"], Kept]:
-    """The product, and what the backward pass keeps of x."""
-    inputs = Kept(*quantize_rows(x, role.input_power_of_two, _IMPL))
-    y = _times_kernel(inputs, kernel, owned)
-    # There is no kernel that quantizes to another format than is multiplied.
-    return y, inputs if role.stored is E4M3 else arranged(quantize(x, (1, BLOCK), role.stored, role.wgrad_power_of_two))
+def quantized(x: Float[Array, "m k"], role: Role) -> tuple[Kept, Kept]:
+    """An input as it is multiplied, and as the backward pass keeps it: the same, unless that is in another format."""
+    if role.stored is E4M3:
+        inputs = Kept(*quantize_rows(x, role.input_power_of_two, _IMPL))
+        return inputs, inputs
+    values, scales, *kept = quantize_and_keep(x, _IMPL)
+    return Kept(values, scales), Kept(*kept)
 
 
-def arranged(q: Quantized) -> Kept:
-    """1x128 tiles of the reference with their scales as the kernels read them."""
-    return Kept(q.values, jnp.pad(q.scales.T, ((0, 0), (0, -q.values.shape[0] % BLOCK)), constant_values=1))
+def fprop(inputs: Kept, kernel: Array, owned: Owners | None) -> Float[Array, "m n"]:
+    """The product with a kernel, or with that of each row's owner."""
+    return _times_kernel(inputs, kernel, owned)
 
 
 def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:

@@ -16,6 +16,7 @@ x itself in the dtype of activations, or in FP8 its values and scales.
 
 import functools
 import logging
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,18 +37,33 @@ BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
 _Roles = tuple[Role, Role]
 
 
+class Prepared(NamedTuple):
+    """What is made of an input in FP8."""
+
+    inputs: Any  # hopper.Kept for the product by the kernels; None for the reference
+    kept: Any  # for the backward pass: hopper.Kept, Quantized
+
+
 def linear(
-    x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR, kept: Quantized | None = None
+    x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR, prepared: Prepared | None = None
 ) -> Float[Array, "*b n"]:
-    """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum). `kept`: what `keep` made of x."""
+    """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum). `prepared`: by `prepare`, of x."""
     rows = _rows(x)
-    y = _product(rows, kernel, None, kept, recipe, role)
+    y = _product(rows, kernel, None, prepared, recipe, role)
     return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def keep(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Quantized:
-    """What the backward pass of `linear` keeps of x in FP8, for another that needs it too: made, named and kept once for both."""
-    return _named(_kept(_rows(x), recipe, role), role.name)
+def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared:
+    """For `linear` in FP8, where another needs what its backward pass keeps of x too: made, named and kept once for both. No gradient goes
+    through it."""
+    rows = jax.lax.stop_gradient(_rows(x))
+    inputs, kept = hopper.quantized(rows, role) if _on_kernels(recipe, x, x.shape[-1:]) else (None, _kept(rows, recipe, role))
+    return Prepared(inputs, _named(kept, role.name))
+
+
+def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
+    """Rows of an input, as far as they are kept."""
+    return dequantize(kept.as_reference() if isinstance(kept, hopper.Kept) else kept, dtype)
 
 
 def grouped_linear(
@@ -137,21 +153,22 @@ _rounded_gradient.defvjp(lambda y: (y, None), _rounded)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _product(x: Array, kernel: Array, block_expert: BlockExpert, kept: Quantized | None, recipe: Recipe, role: Role) -> Array:
-    return _product_fwd(x, kernel, block_expert, kept, recipe, role)[0]
+def _product(x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role) -> Array:
+    return _product_fwd(x, kernel, block_expert, prepared, recipe, role)[0]
 
 
 def _product_fwd(
-    x: Array, kernel: Array, block_expert: BlockExpert, kept: Quantized | None, recipe: Recipe, role: Role
+    x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role
 ) -> tuple[Array, tuple]:
-    if recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert)):
-        y, lines = hopper.fprop(_rows(x), kernel, _owners(x, kernel, block_expert), role)
-        return y.reshape(*x.shape[:-1], -1), (_named(lines, role.name) if kept is None else hopper.arranged(kept), kernel, block_expert)
-    if recipe.fp8:
-        stored: Array | Quantized = _named(_kept(x, recipe, role), role.name) if kept is None else kept
-    else:
-        stored = x
-    return _fprop(x, kernel, block_expert, recipe, role), (stored, kernel, block_expert)
+    on_kernels = recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert))
+    if prepared and on_kernels != (prepared.inputs is not None):
+        prepared = None  # it was prepared without knowing the kernel's width
+    if on_kernels:
+        inputs, kept = prepared or hopper.quantized(_rows(x), role)
+        y = hopper.fprop(inputs, kernel, _owners(x, kernel, block_expert))
+        return y.reshape(*x.shape[:-1], -1), (kept if prepared else _named(kept, role.name), kernel, block_expert)
+    kept = prepared.kept if prepared else _named(_kept(x, recipe, role), role.name) if recipe.fp8 else x
+    return _fprop(x, kernel, block_expert, recipe, role), (kept, kernel, block_expert)
 
 
 def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None, None]:

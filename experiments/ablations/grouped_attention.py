@@ -45,8 +45,10 @@ class GroupedAttention(nn.Module):
         q, k, v = project("q_proj", heads), project("k_proj", groups), project("v_proj", groups)
         k, v = (jnp.repeat(a, heads // groups, axis=2) for a in (rope(k, positions, c), v))
         q = rope(q, positions, c)
-        out, kept = attend(q, k, v, scale=width**-0.5, segment_ids=segment_ids, impl=self.impl, recipe=self.recipe)
-        return Linear(c.hidden_size, c.initializer_range, self.recipe, AFTER_ATTENTION, name="o_proj")(out.reshape(*x.shape[:2], -1), kept)
+        out, prepared = attend(q, k, v, scale=width**-0.5, segment_ids=segment_ids, impl=self.impl, recipe=self.recipe)
+        return Linear(c.hidden_size, c.initializer_range, self.recipe, AFTER_ATTENTION, name="o_proj")(
+            out.reshape(*x.shape[:2], -1), prepared
+        )
 
 
 @self_attention.register

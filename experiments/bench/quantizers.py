@@ -35,7 +35,7 @@ def measure(name: str, shape: tuple[int, ...], dtype: str) -> tuple[float, int]:
     scales = lambda rows, columns: draw(3, (-(-columns // 128), -(-rows // 128) * 128), "float32")  # noqa: E731
     operands: list[Any] = [draw(0, shape, dtype)]
     flags: tuple[bool, ...] = (False,)
-    if name == "quantize_blocks":
+    if name in ("quantize_blocks", "quantize_and_keep"):
         flags = ()
     elif name == "retile":
         operands.append(scales(m, k))

@@ -11,7 +11,7 @@ What a kernel cannot take raises `NotImplementedError`. The numerical rule is in
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, BFloat16, Float, Float16, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.quantize import reference
@@ -26,6 +26,17 @@ def quantize_rows(
     _check_dtype("x", x, ("bfloat16", "float32"))
     _check_rows("x", x)
     return (_kernels() if use_pallas(impl) else reference).quantize_rows(x, power_of_two)
+
+
+def quantize_and_keep(
+    x: BFloat16[Array, "m k"], impl: str = "auto"
+) -> tuple[Float[Array, "m k"], Float32[Array, "kb mp"], Float16[Array, "m k"], Float32[Array, "kb mp"]]:
+    """`quantize_rows`, and for the backward pass the same tiles in E5M6, held in float16, with powers of two as scales; x is read once.
+
+    So the input of the Linear after attention is multiplied and kept (V3 sec. 3.3.2).
+    """
+    _check_rows("x", x)
+    return (_kernels() if use_pallas(impl) else reference).quantize_and_keep(x)
 
 
 def quantize_both(

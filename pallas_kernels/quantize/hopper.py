@@ -1,7 +1,8 @@
 """The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once by TMA, and every output of it is stored by TMA.
 
-A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128) and ends; several blocks share a multiprocessor,
-so that one loads while another computes. A block of `swiglu_backward` or `retile` fills a multiprocessor, and loops over tiles.
+A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128, `quantize_and_keep` of 32x128) and ends; several blocks
+share a multiprocessor, so that one loads while another computes. A block of `swiglu_backward` or `retile` fills a multiprocessor,
+and loops over tiles.
 Layouts of registers:
 
     ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
@@ -29,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.quantize.reference import BLOCK, E4M3, SMALLEST_NORMAL, tile_scale
+from pallas_kernels.quantize.reference import BLOCK, E4M3, E5M6_BITS, E5M6_MAX, E5M6_MIN_EXPONENT, SMALLEST_NORMAL, tile_scale
 
 Array = jax.Array
 
@@ -64,6 +65,8 @@ PRODUCTION = [
     ("quantize_rows", (32768, 7168), "bfloat16"),
     ("quantize_rows", (4096, 1536), "bfloat16"),
     ("quantize_rows", (4096, 7168), "float32"),
+    ("quantize_and_keep", (32768, 4096), "bfloat16"),
+    ("quantize_and_keep", (4096, 16384), "bfloat16"),
     ("quantize_both", (32768, 7168), "bfloat16"),
     ("quantize_both", (4096, 2112), "bfloat16"),
     ("quantize_both", (4096, 7168), "float32"),
@@ -113,6 +116,52 @@ def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, pow
         [(values_s.at[j], values.at[rows, _block(first + j)]) for j in range(tiles)]
         + [(scales_s.at[j], scales.at[first + j, rows]) for j in range(tiles)]
     )
+
+
+@_once
+def quantize_and_keep(x: Array, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
+    """See `pallas_kernels.quantize.quantize_and_keep`."""
+    rows, x = x.shape[0], _eights(x)
+    m, k = x.shape
+    _check_width("x", k)
+    blocks = pl.cdiv(k, BLOCK)
+    tiles = math.gcd(blocks, 2)
+    of_lines = ((blocks, _padded(m)), jnp.float32)
+    values, scales, kept, kept_scales = _kernel(
+        functools.partial(_keep_body, tiles=tiles),
+        "quantize_and_keep",
+        grid=(_padded(m) // QUARTER, blocks // tiles),
+        out=dict(values=((m, k), E4M3), scales=of_lines, kept=((m, k), jnp.float16), kept_scales=of_lines),
+        scratch=dict(
+            x_s=_tile(x.dtype, tiles, QUARTER, BLOCK, width=k),
+            values_s=_tile(E4M3, tiles, QUARTER, BLOCK, width=k),
+            kept_s=_tile(jnp.float16, tiles, QUARTER, BLOCK, width=k),
+            scales_s=plgpu.SMEM((2, tiles, QUARTER), jnp.float32),
+            loaded=plgpu.Barrier(num_barriers=tiles),
+        ),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    )(x)
+    return values[:rows], scales, kept[:rows], kept_scales
+
+
+def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, scales_s, loaded, tiles):
+    rows, first = pl.ds(lax.axis_index("row") * QUARTER, QUARTER), lax.axis_index("column") * tiles
+    for j in range(tiles):
+        plgpu.copy_gmem_to_smem(x.at[rows, _block(first + j)], x_s.at[j], loaded.at[j])
+    copies = []
+    for j in range(tiles):
+        plgpu.barrier_wait(loaded.at[j])
+        lines = plgpu.load(x_s.at[j], layout=FEW_ROWS).astype(jnp.float32)
+        largest = _largest(jnp.max(_key(lines), axis=1))
+        scale, kept_scale = tile_scale(largest, False), tile_scale(largest, True, E5M6_MAX)
+        values_s[j] = _quotient(lines, scale, (0,), False, SHORT).astype(E4M3)
+        kept_s[j] = _to_e5m6(_quotient(lines, kept_scale, (0,), True, SHORT))
+        scales_s[0, j], scales_s[1, j] = scale, kept_scale
+        here = rows, _block(first + j)
+        copies += [(values_s.at[j], values.at[here]), (kept_s.at[j], kept.at[here])]
+        copies += [(scales_s.at[side, j], out.at[first + j, rows]) for side, out in enumerate((scales, kept_scales))]
+    _store(copies)
 
 
 @_once
@@ -599,6 +648,16 @@ def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool,
 def _ordinary(scales: Array) -> Array:
     """Whether the scales of a tile are so far from the ends of float32 (2^-100 to 2^90) that WIDE may divide what they scale."""
     return jnp.max(jnp.abs(_bits(scales) - (122 << 23))) < 95 << 23  # exponents within 95 of that of 2^-5
+
+
+def _to_e5m6(x: Array) -> Array:
+    """x, whose largest is at most E5M6's, rounded to six bits in float16, ties to even."""
+    last = 23 - E5M6_BITS
+    rounded = _float((_bits(x) + (1 << last - 1) - 1 + (lax.shift_right_logical(_bits(x), last) & 1)) & -(1 << last))
+    quantum = 2.0 ** (E5M6_MIN_EXPONENT - E5M6_BITS)
+    subnormal = lax.round(x / quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * quantum
+    rounded = jnp.where(jnp.abs(x) < 2.0**E5M6_MIN_EXPONENT, subnormal, rounded)
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.float16)
 
 
 def _if_finite(scale: Array, value: Array) -> Array:

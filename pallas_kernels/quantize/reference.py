@@ -1,9 +1,12 @@
 """What the kernels of this folder compute, in plain JAX (V3 sec. 3.3.2). This is the rule; the kernels follow it.
 
-E4M3 only. The scale of a tile is `max(max |x| / 448, smallest normal)`, 1 for a tile of zeros; NaN is left out of it and
-stays NaN in the values; infinity gives an infinite scale, so its tile becomes NaN and zeros. Subnormal float32 counts as
-zero. Division and rounding are those of IEEE: once to float32, once to E4M3, ties to even.
+E4M3; E5M6, held in float16, where an input is kept. The scale of a tile is `max(max |x| / largest number, smallest normal)`,
+1 for a tile of zeros; NaN is left out of it and stays NaN in the values; infinity gives an infinite scale, so its tile becomes
+NaN and zeros. Subnormal float32 counts as zero. Division and rounding are those of IEEE: once to float32, once to the format,
+ties to even.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,19 @@ BLOCK = 128
 SMALLEST_NORMAL = 2.0**-126
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
+E5M6_MAX, E5M6_BITS, E5M6_MIN_EXPONENT = 65024.0, 6, -14
 
 
 def quantize_rows(x: Array, power_of_two: bool = False) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.quantize_rows`."""
     values, scales = _by_columns(x, power_of_two)
     return values, _rows_last(scales)
+
+
+def quantize_and_keep(x: Array) -> tuple[Array, Array, Array, Array]:
+    """See `pallas_kernels.quantize.quantize_and_keep`."""
+    kept, scales = _in_tiles(x, 1, BLOCK, True, E5M6_MAX, _to_e5m6)
+    return *quantize_rows(x), kept, _rows_last(scales)
 
 
 def quantize_both(x: Array, power_of_two: bool = False) -> tuple[Array, Array, Array, Array]:
@@ -63,9 +73,9 @@ def dequantize_rows(values: Float[Array, "m k"], scales: Float[Array, "kb mp"]) 
     return values.astype(jnp.float32) * jnp.repeat(scales[:, :m].T, BLOCK, axis=1)[:, :k]
 
 
-def tile_scale(largest: Float[Array, "*s"], power_of_two: bool) -> Float[Array, "*s"]:
+def tile_scale(largest: Float[Array, "*s"], power_of_two: bool, maximum: float = E4M3_MAX) -> Float[Array, "*s"]:
     """The scale of tiles, from the largest magnitude of each, which is not NaN."""
-    scale = jnp.maximum(largest * jnp.float32(1 / E4M3_MAX), jnp.float32(SMALLEST_NORMAL))
+    scale = jnp.maximum(largest * jnp.float32(1 / maximum), jnp.float32(SMALLEST_NORMAL))
     scale = jnp.where(largest < SMALLEST_NORMAL, jnp.float32(1.0), scale)
     return _round_up_to_power_of_two(scale) if power_of_two else scale
 
@@ -97,7 +107,9 @@ def _rows_last(scales: Float[Array, "m kb"]) -> Float[Array, "kb mp"]:
     return jnp.pad(scales.T, ((0, 0), (0, -scales.shape[0] % BLOCK)), constant_values=1.0)
 
 
-def _in_tiles(x: Array, rows: int, columns: int, power_of_two: bool) -> tuple[Array, Array]:
+def _in_tiles(
+    x: Array, rows: int, columns: int, power_of_two: bool, maximum: float = E4M3_MAX, rounded: Callable[[Array], Array] | None = None
+) -> tuple[Array, Array]:
     """Values, and scales `[..., tiles of rows, tiles of columns]`."""
     *batch, m, n = x.shape
     x = _flush(x)
@@ -105,16 +117,24 @@ def _in_tiles(x: Array, rows: int, columns: int, power_of_two: bool) -> tuple[Ar
     shape = (*batch, -(-m // rows), rows, -(-n // columns), columns)
     tiles = jnp.pad(x, padding).reshape(shape)
     largest = jnp.where(jnp.isnan(tiles), 0.0, jnp.abs(tiles)).max((-3, -1), keepdims=True)
-    scale = tile_scale(largest, power_of_two)
+    scale = tile_scale(largest, power_of_two, maximum)
     # Without the barrier XLA multiplies by 1 / scale, which is not the quotient.
     spread = jax.lax.optimization_barrier(jnp.broadcast_to(scale, tiles.shape))
-    values = _to_e4m3(tiles / spread).reshape(*batch, shape[-4] * rows, shape[-2] * columns)
+    values = (rounded or _to_e4m3)(tiles / spread).reshape(*batch, shape[-4] * rows, shape[-2] * columns)
     return values[..., :m, :n], scale[..., 0, :, 0]
 
 
 def _flush(x: Array) -> Array:
     x = x.astype(jnp.float32)
     return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, jnp.copysign(0.0, x), x)
+
+
+def _to_e5m6(x: Array) -> Array:
+    """In float16; saturates, NaN and infinity stay."""
+    finite = jnp.clip(_flush(x), -E5M6_MAX, E5M6_MAX)
+    exponent = ((jax.lax.bitcast_convert_type(finite, jnp.int32) >> 23) & 0xFF) - 127
+    quantum = jax.lax.bitcast_convert_type(jnp.maximum(exponent, E5M6_MIN_EXPONENT) - E5M6_BITS + 127 << 23, jnp.float32)
+    return jnp.where(jnp.isinf(x), x, jnp.round(finite / quantum) * quantum).astype(jnp.float16)
 
 
 def _to_e4m3(x: Array) -> Array:

@@ -89,6 +89,10 @@ class QuantizeCases:
         x = mixed(self.rows, self.columns, dtype)
         self.same(self.run("quantize_rows", x, power_of_two), on_cpu(lambda: by_rows(x, power_of_two)), dtype == BF16 or power_of_two)
 
+    def test_and_keep(self):
+        x = mixed(self.rows, self.columns, BF16)
+        exact(self.run("quantize_and_keep", x), on_cpu(lambda: (*by_rows(x), *by_rows(x, True, E5M6))))
+
     @pytest.mark.parametrize(("dtype", "power_of_two"), [(BF16, True), (F32, False)])
     def test_both(self, dtype, power_of_two):
         x = mixed(self.rows, self.columns, dtype)

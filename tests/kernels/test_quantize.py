@@ -69,6 +69,7 @@ def test_sizes_of_training_can_be_lowered(name, shape, dtype, monkeypatch):
     d_act = jax.ShapeDtypeStruct((shape[0], shape[1] // 2), dtype)
     arguments = {
         "quantize_blocks": [x],
+        "quantize_and_keep": [x],
         "retile": [x, scales, True],
         "swiglu_quantize": [x, rows, True],
         "swiglu_backward": [values, scales, rows, d_act, False, True],

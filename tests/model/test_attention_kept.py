@@ -61,8 +61,8 @@ def _layer(impl, recipe):
     """Attention and the Linear after it, of queries, keys and values that are computed again."""
 
     def layer(q, k, v, w):
-        out, kept = attend(jnp.sin(q), jnp.sin(k), jnp.sin(v), scale=0.3, impl=impl, recipe=recipe)
-        return linear(out.reshape(*out.shape[:2], -1), w, recipe, AFTER_ATTENTION, kept)
+        out, prepared = attend(jnp.sin(q), jnp.sin(k), jnp.sin(v), scale=0.3, impl=impl, recipe=recipe)
+        return linear(out.reshape(*out.shape[:2], -1), w, recipe, AFTER_ATTENTION, prepared)
 
     return layer
 
