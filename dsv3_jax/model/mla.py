@@ -20,6 +20,7 @@ from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
 from dsv3_jax.parallel.heads import Heads
 from dsv3_jax.precision.linear import Prepared, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
+from dsv3_jax.precision.quantize import BLOCK
 from pallas_kernels.mla_decode import mla_decode
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
@@ -46,8 +47,15 @@ def expand(
     latent: Latent, kv_b_proj: Float[Array, "r hnv"], heads: int, nope: int, recipe: Recipe = BF16
 ) -> tuple[Float[Array, "b s h k"], Float[Array, "b s h v"]]:
     """Keys `[c_kv W_UK ; k_r]`, `nope` of each from the latent, and values `c_kv W_UV` of all heads (eq. 2, 4, 5)."""
-    keys_values = linear(latent.c_kv, kv_b_proj, recipe).reshape(*latent.c_kv.shape[:2], heads, -1)
-    k_c, v = jnp.split(keys_values, [nope], axis=-1)
+    columns = kv_b_proj.reshape(kv_b_proj.shape[0], heads, -1)
+
+    def product(kernel: Array) -> Array:
+        return linear(latent.c_kv, kernel.reshape(kernel.shape[0], -1), recipe).reshape(*latent.c_kv.shape[:2], heads, -1)
+
+    if nope % BLOCK or columns.shape[-1] % BLOCK:
+        k_c, v = jnp.split(product(columns), [nope], axis=-1)
+    else:  # no block of weights has columns of both, and values need no copy to lie by themselves
+        k_c, v = map(product, jnp.split(columns, [nope], axis=-1))
     k_r = jnp.broadcast_to(latent.k_r[:, :, None], (*k_c.shape[:3], latent.k_r.shape[-1]))
     return jnp.concatenate([k_c, k_r], -1), v
 

@@ -8,7 +8,9 @@ import pytest
 from dsv3_jax.config import RopeScaling
 from dsv3_jax.model.attention import attend, masked_attention, resolve_implementation
 from dsv3_jax.model.layers import rope, rope_frequencies, softmax_scale
-from dsv3_jax.model.mla import MLA, Latent, contiguous
+from dsv3_jax.model.mla import MLA, Latent, contiguous, expand
+from dsv3_jax.precision.linear import linear
+from dsv3_jax.precision.policy import BF16, Recipe
 from tests.small import MODEL, model
 
 ONE_LAYER = functools.partial(contiguous, 0)
@@ -40,6 +42,23 @@ def test_absorbed_decode_equals_expanded_training_form(config, chunks, first_alo
         outputs.append(out)
         start += size
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [BF16, Recipe(fp8=True, impl="reference")])
+def test_keys_and_values_by_two_products_are_those_of_one(recipe):
+    """Heads of 128 have blocks of weights of their own, so FP8 rounds the same but for the order of sums; others go in one product."""
+    rng = np.random.default_rng(3)
+    c_kv, k_r, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 24, 160), (2, 24, 16), (160, 3 * 256)))
+    one = linear(c_kv, kernel, recipe)
+
+    def both(kernel):
+        keys, values = expand(Latent(c_kv, k_r), kernel, 3, 128, recipe)
+        return jnp.concatenate([keys[..., :128], values], -1).reshape(one.shape)
+
+    np.testing.assert_allclose(both(kernel), one, rtol=1e-4, atol=1e-4)
+    d = jnp.asarray(rng.normal(size=one.shape), jnp.float32)
+    expected = jax.vjp(lambda w: linear(c_kv, w, recipe), kernel)[1](d)[0]
+    np.testing.assert_allclose(jax.vjp(both, kernel)[1](d)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_output_depends_on_relative_positions_only():
