@@ -17,9 +17,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process; the others, an
         "PYTHONPYCACHEPREFIX": f"{_shared.name}/bytecode",
         "PYTHONDONTWRITEBYTECODE": "",
     }
-    if "slow" not in sys.argv:  # by XLA's former emitter of fusions, in half the time; slow tests take the one that users have
-        emitter = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {emitter}".strip()
+    # Of what this process compiles too, which is JAX: Python read the two variables before they were set.
+    sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False
+    if "slow" not in sys.argv:  # slow tests compile as users do
+        # By XLA's former emitter of fusions in half the time; and not in up to 32 parts, which would be for more processors.
+        faster = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {faster}".strip()
 
 import jax
 from jaxtyping import install_import_hook

@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import quantize as ops
 from pallas_kernels.quantize import hopper
 from pallas_kernels.quantize.reference import tile_scale
+from tests.kernels import interpreter  # noqa: F401, makes it quicker
 from tests.kernels.quantize_cases import QuantizeCases
 
 

@@ -13,6 +13,7 @@ from dsv3_jax.precision.linear import ffn, grouped_linear, linear, prepare, rest
 from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_UP, LINEAR, Recipe
 from pallas_kernels import gemm, quantize
 from pallas_kernels.quantize.reference import dequantize_rows
+from tests.kernels import interpreter  # noqa: F401, makes it quicker
 
 
 @pytest.fixture(autouse=True)
