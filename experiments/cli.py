@@ -4,6 +4,7 @@ A wrong flag or configuration prints one line that names the field, its value an
 with status 2 before anything is written.
 """
 
+import gc
 import logging
 import math
 import os
@@ -41,6 +42,7 @@ def _quietly(main: Callable[[], int | None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.WARNING)
+    gc.set_threshold(100_000, 20, 20)  # tracing makes many objects that live on: to look for garbage among them takes a tenth of a start
     return main() or 0
 
 

@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process; the others, an
         # A launched command would spend seconds on compiling JAX's own source where no bytecode may be written beside it.
         "PYTHONPYCACHEPREFIX": f"{_shared.name}/bytecode",
         "PYTHONDONTWRITEBYTECODE": "",
+        # What commands set by starting again (experiments/cli.py), which takes 0.2 s of each.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     # Of what this process compiles too, which is JAX: Python read the two variables before they were set.
     sys.pycache_prefix, sys.dont_write_bytecode = os.environ["PYTHONPYCACHEPREFIX"], False

@@ -86,6 +86,16 @@ def test_output_that_is_no_regular_file_stays_what_it_is(tmp_path: Path):
     os.close(reader)
 
 
+def test_a_command_starts_again_to_ask_for_huge_pages():
+    """Tests have the setting already, so that they wait for no second start."""
+    code = "import os; from experiments import cli; cli.run(lambda: print(os.environ.get('GLIBC_TUNABLES')))"
+    unset = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=unset, capture_output=True, text=True, timeout=60)
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    asked = pages.exists() and "[madvise]" in pages.read_text()
+    assert (done.returncode, done.stdout) == (0, "glibc.malloc.hugetlb=1\n" if asked else "None\n"), done.stderr
+
+
 def test_missing_workdir():
     assert_refused(run("pretrain", TINY), "--workdir", "None")
 
