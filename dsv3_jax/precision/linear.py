@@ -14,6 +14,7 @@ Master weights are float32 and are cast, or quantized, here at the moment of use
 x itself in the dtype of activations, or in FP8 its values and scales.
 """
 
+import dataclasses
 import functools
 import logging
 from typing import Any, NamedTuple
@@ -154,7 +155,8 @@ _rounded_gradient.defvjp(lambda y: (y, None), _rounded)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _product(x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role) -> Array:
-    return _product_fwd(x, kernel, block_expert, prepared, recipe, role)[0]
+    # Nothing is kept, so there is no other format to make.
+    return _product_fwd(x, kernel, block_expert, prepared, recipe, dataclasses.replace(role, stored=E4M3))[0]
 
 
 def _product_fwd(
