@@ -101,16 +101,12 @@ def masked_attention(
 
 
 @functools.cache
-def _import_tokamax() -> Any:
+def _tokamax_kernel() -> Any:
     import tokamax
 
     # It warns at every call, with a page of its arguments, that nobody has tuned it for them.
     logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("Autotuning cache miss"))
-    return tokamax
-
-
-def _tokamax_kernel() -> Any:
-    return _import_tokamax().ops.gpu.PallasMosaicFlashAttention()
+    return tokamax.ops.gpu.PallasMosaicFlashAttention()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
