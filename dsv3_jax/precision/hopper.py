@@ -83,9 +83,10 @@ def quantized(x: Float[Array, "m k"], role: Role) -> tuple[Kept, Kept]:
     return Kept(values, scales), Kept(*kept)
 
 
-def fprop(inputs: Kept, kernel: Array, owned: Owners | None) -> Float[Array, "m n"]:
+def fprop(x: Kept, kernel: Array, owned: Owners | None) -> Float[Array, "m n"]:
     """The product with a kernel, or with that of each row's owner."""
-    return _times_kernel(inputs, kernel, owned)
+    _, transposed, _, scales = quantize_blocks(kernel, _IMPL)
+    return _product(x, transposed, scales, owned)
 
 
 def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:
@@ -101,9 +102,9 @@ def ffn(
     """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU. `routed`: of the rows of each token, summed."""
     rows, owned = routed or (None, None)
     inputs = _arranged(Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL)), rows)
-    hidden = _times_kernel(inputs, up, owned)
+    hidden = fprop(inputs, up, owned)
     *activated, values, scales = swiglu_quantize(hidden, gates, roles[1].input_power_of_two, _IMPL)
-    return _summed(_times_kernel(Kept(*activated), down, owned), rows), inputs, Kept(values, scales)
+    return _summed(fprop(Kept(*activated), down, owned), rows), inputs, Kept(values, scales)
 
 
 def ffn_gradients(
@@ -166,11 +167,6 @@ def _arranged(tokens: Kept, rows: Rows | None) -> Kept:
 
 def _summed(y: Array, rows: Rows | None) -> Array:
     return y if rows is None else combine(y, rows)
-
-
-def _times_kernel(x: Kept, kernel: Array, owned: Owners | None) -> Array:
-    _, transposed, _, scales = quantize_blocks(kernel, _IMPL)
-    return _product(x, transposed, scales, owned)
 
 
 def _times_kernel_transposed(x: Kept, kernel: Array, owned: Owners | None) -> Array:

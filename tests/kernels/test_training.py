@@ -48,12 +48,13 @@ def assert_same(results, limit):
         assert np.linalg.norm(kernels - reference) <= limit * np.linalg.norm(reference), f"output {i}"
 
 
-def test_linear():
+@pytest.mark.parametrize("role", [LINEAR, AFTER_ATTENTION], ids=["linear", "after attention"])
+def test_linear(role):
     x, w = random(0, 3, 50, 192).astype(jnp.bfloat16), random(1, 192, 64)
-    assert_same(both_ways(lambda x, w, recipe: linear(x, w, recipe, LINEAR), (x, w)), 4e-3)
+    assert_same(both_ways(lambda x, w, recipe: linear(x, w, recipe, role), (x, w)), 4e-3)
 
 
-def test_linear_after_attention():
+def test_an_input_that_is_prepared():
     """Its input is made before, since attention's backward pass reads what is kept of it."""
     x, w = random(0, 3, 50, 192).astype(jnp.bfloat16), random(1, 192, 64)
 
