@@ -1,14 +1,15 @@
 """Causal attention at MLA widths, behind one function that a kernel can stand in for.
 
 Queries and keys are `qk_head_dim` wide, values `v_head_dim`. `reference` is plain JAX in float32 and
-works everywhere. For bf16 on NVIDIA GPUs there are two fused kernels: `tokamax`, on Hopper where that
-package is installed and its tiles fit, takes both widths as they are; `cudnn` wants equal widths, so the
-values are padded with zeros to the query width and the padding is cut off the output.
+works everywhere. For bf16 on NVIDIA GPUs there are two fused ways: `tokamax`, on Hopper where that package is
+installed and its tiles fit, takes both widths as they are, and its gradients come from `pallas_kernels.attention`;
+`cudnn` wants equal widths, so the values are padded with zeros to the query width and the padding is cut off the output.
 """
 
 import functools
 import importlib.util
 import logging
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.precision.linear import Prepared, prepare, restored
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
+from pallas_kernels.attention import attention_backward, unsupported
 from pallas_kernels.backend import is_hopper
 
 _log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ _log = logging.getLogger(__name__)
 def resolve_implementation(impl: str, backend: str, dtype: str, tiles_fit: bool = True) -> str:
     """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. `pallas` asks for products only.
 
-    tiles_fit: whether widths are multiples of 64 and the length one of 128; others have not been seen to work in tokamax.
+    tiles_fit: whether the gradients' kernel takes the widths, and the length is a multiple of 128, as tokamax was seen to work with.
     """
     if impl not in ("auto", "pallas"):
         return impl
@@ -62,7 +64,7 @@ def attend(
     of its softmax too, as "attention_sums", so it is not computed again where both are kept, and in FP8 its backward pass reads the
     Linear's E5M6 (V3 sec. 3.3.2). impl: auto | reference | tokamax | cudnn. Raises NotImplementedError for a document mask in the last two.
     """
-    tiles_fit = q.shape[1] % 128 == 0 and q.shape[-1] % 64 == 0 and v.shape[-1] % 64 == 0
+    tiles_fit = q.shape[1] % 128 == 0 and unsupported(q.dtype.name, q.shape[-1], v.shape[-1]) is None
     chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, tiles_fit)
     if chosen != "reference" and segment_ids is not None:
         remedy = "use precision.impl=reference or data.document_mask=False"
@@ -120,22 +122,18 @@ def _prepared(out: Array, recipe: Recipe) -> Prepared | None:
 
 
 def _tokamax_fwd(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[tuple[Array, Prepared | None], tuple]:
-    out, sums = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
-    sums = jax.tree.map(lambda part: checkpoint_name(part, "attention_sums"), sums)
+    out, (largest, sums) = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
+    log_sums = checkpoint_name(largest * math.log2(math.e) + jnp.log2(sums), "attention_sums")
     if not recipe.fp8:
         out = checkpoint_name(out, "attention_out")
     prepared = _prepared(out, recipe)
-    return (out, prepared), (q, k, v, sums, prepared.kept if prepared else out)
+    return (out, prepared), (q, k, v, log_sums, prepared.kept if prepared else out)
 
 
 def _tokamax_bwd(scale: float, recipe: Recipe, residual: tuple, gradient: tuple[Array, Any]) -> tuple[Array, Array, Array]:
-    q, k, v, sums, kept = residual
+    q, k, v, log_sums, kept = residual
     out = restored(kept, q.dtype.name).reshape(v.shape) if recipe.fp8 else kept
-    kernel = _tokamax_kernel()
-    bound = kernel.bind(q, k, v, logits_scale=scale, is_causal=True)
-    options = {name: option for name, option in bound.kwargs.items() if name != "return_residuals"}
-    gradients = kernel.vjp(sums, out, gradient[0], *bound.args, **options)
-    return gradients["q"], gradients["k"], gradients["v"]
+    return attention_backward(q, k, v, out, gradient[0], log_sums, scale)
 
 
 _tokamax.defvjp(_tokamax_fwd, _tokamax_bwd)

@@ -1,15 +1,19 @@
-"""Fused attention against plain JAX on a Hopper GPU: output and gradients. tokamax at the widths of MLA, cuDNN at others too."""
+"""Fused attention against plain JAX on a Hopper GPU: tokamax at the widths of MLA, cuDNN at others too, and the gradients' kernel by itself."""
 
 import dataclasses
+import functools
 import importlib.util
 
+import jax
 import pytest
 
 from dsv3_jax.model.attention import attend
 from dsv3_jax.model.layers import softmax_scale
 from dsv3_jax.precision.policy import BF16, Recipe
 from experiments.bench.attention_peers import draw, errors, exact_results
+from pallas_kernels.attention import attention_backward
 from pallas_kernels.backend import is_hopper
+from tests.kernels.attention_cases import GradientCases
 from tests.small import MODEL
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
@@ -33,3 +37,18 @@ def test_output_and_gradients(impl, length, nope, rope, recipe):
     attended = lambda q, k, v: attend(q, k, v, scale=softmax_scale(model), impl=impl, recipe=recipe).out  # noqa: E731
     found = errors(attended, operands, exact_results(operands, model))
     assert all(error < 6e-3 for error in found)
+
+
+class TestGradients(GradientCases):
+    problems = GradientCases.problems | {
+        "a row of training": dict(length=4096, heads=4, batch=2),
+        "no multiple of a tile": dict(length=2999, heads=3),
+        "narrow": dict(length=1000, width=64, v_width=64, heads=5, batch=3),
+    }
+
+    def run(self, problem):
+        return jax.jit(functools.partial(attention_backward, scale=problem.scale, impl="pallas"))(*problem.operands)
+
+    @pytest.mark.parametrize("name", [*problems])
+    def test_gradients(self, name):
+        super().test_gradients(name)

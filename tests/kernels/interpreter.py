@@ -1,6 +1,7 @@
 """Runs kernels on a simulated GPU that reports races between threads and copies."""
 
 import functools
+import threading
 
 import jax
 import numpy as np
@@ -49,38 +50,77 @@ def _store_accumulator(*, token, mesh_location, thread, key, value, source_info)
     return token, value
 
 
-# Nor has it stores that add. Here the slot takes up what it is added to before it is stored.
-_copy_smem_to_gmem = gpu_callbacks.copy_smem_to_gmem
+# Nor has it stores that add. Those of several blocks to one place are no race, in whatever order they come.
+_copy_smem_to_gmem, _adding = gpu_callbacks.copy_smem_to_gmem, threading.Lock()
 
 
 def _store_or_add(*, reduction_op, **arguments):
-    if reduction_op == "add":
-        _add_to_slot(**arguments)
-        reduction_op = None
-    return _copy_smem_to_gmem(reduction_op=reduction_op, **arguments)
+    if reduction_op != "add":
+        return _copy_smem_to_gmem(reduction_op=reduction_op, **arguments)
+    return _add(**arguments)
 
 
 @gpu_callbacks.fail_on_exception
-def _add_to_slot(*, mesh_location, thread, source_info, **arguments):
+def _add(*, token, mesh_location, thread, source_info, predicate, commit_group, **arguments):
+    memory = gpu_callbacks._get_shared_memory()
+    windows = {}
+    for side in ("src", "dst"):
+        key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
+        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
+        windows |= {f"{side}_allocation_key": key, f"{side}_access": memory.access(key, jax.tree.map(int, transforms))}
+    clock = memory.incr_clock(thread) if memory.detect_races else None
+    with _adding:
+        memory.execute_async_task(_Addition(mesh_location, thread, **windows, source_info=source_info, clock=clock))
+    return token
+
+
+class _Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
+    def __call__(self, tma_thread_id):
+        memory = gpu_callbacks._get_shared_memory()
+        self.pre_read(tma_thread_id, memory)
+        part, before = (
+            memory.get_buffer_content(key, access, self.thread, logging_info=self.logging_info)[0]
+            for key, access in ((self.src_allocation_key, self.src_access), (self.dst_allocation_key, self.dst_access))
+        )
+        if memory.detect_races:
+            self.clock.inc(tma_thread_id)
+            self.write_clock = self.clock.copy()
+        if before is not None:  # else all of it lies outside
+            shape = memory.buffer_shape_and_dtype(self.dst_allocation_key).shape
+            total = part.copy()
+            total[tuple(map(slice, before.shape))] += before
+            store = gpu_callbacks._clip_store_to_shape(self.dst_access, total, tuple(shape))
+            memory.store_buffer_content(self.dst_allocation_key, *store, self.thread, logging_info=self.logging_info)
+        self.post_write(tma_thread_id, memory)
+
+
+# Nor products whose left operand is in registers.
+_wgmma = gpu_callbacks.wgmma
+
+
+def _product(*, a_allocation_key_as_array, **arguments):
+    if a_allocation_key_as_array.ndim == 1:
+        return _wgmma(a_allocation_key_as_array=a_allocation_key_as_array, **arguments)
+    return _product_of_registers(a_allocation_key_as_array, **arguments)
+
+
+@gpu_callbacks.fail_on_exception
+def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arguments):
     memory = gpu_callbacks._get_shared_memory()
     where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
 
     def window(side):
         key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
-        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
-        return key, memory.access(key, jax.tree.map(int, transforms))
+        return key, memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])))
 
-    slot = window("src")
-    total, before = (memory.get_buffer_content(*at, thread, logging_info=where)[0] for at in (slot, window("dst")))
-    if before is not None:  # else all of it lies outside
-        inside = tuple(slice(size) for size in before.shape)
-        total = total.copy()
-        total[inside] += before
-        memory.store_buffer_content(*slot, total, thread, logging_info=where)
+    sums = window("acc")
+    b, acc = (memory.get_buffer_content(*at, thread, logging_info=where)[0] for at in (window("b"), sums))
+    memory.store_buffer_content(*sums, acc + np.matmul(a, b, dtype=acc.dtype), thread, logging_info=where)
+    return token
 
 
 JaxprInterpreter.interpret, JaxprInterpreter._interpret_swap_p = _with_swaps, _swap_or_store
-gpu_callbacks.copy_smem_to_gmem = _store_or_add
+gpu_callbacks.copy_smem_to_gmem, gpu_callbacks.wgmma = _store_or_add, _product
 
 
 # A callback's arguments, mostly single integers, are made JAX arrays by JAX, and integers again by the interpreter, in a quarter
