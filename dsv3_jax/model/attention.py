@@ -35,10 +35,14 @@ def resolve_implementation(impl: str, backend: str, dtype: str, tiles_fit: bool 
         return impl
     choice = "reference"
     if backend == "gpu" and dtype in ("bfloat16", "float16"):
-        installed = all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton"))  # tokamax.ops.gpu imports the other too
-        choice = "tokamax" if tiles_fit and is_hopper() and installed else "cudnn"
+        choice = "tokamax" if tiles_fit and is_hopper() and has_tokamax() else "cudnn"
     _log.info("attention: impl=auto picked %s (backend %s, %s)", choice, backend, dtype)
     return choice
+
+
+def has_tokamax() -> bool:
+    """Whether its kernels can be imported: tokamax.ops.gpu needs jax-triton too."""
+    return all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton"))
 
 
 class Attended(NamedTuple):
@@ -103,7 +107,8 @@ def masked_attention(
 
 
 @functools.cache
-def _tokamax_kernel() -> Any:
+def tokamax_kernel() -> Any:
+    """The forward kernel, a function of q, k and v. Needs tokamax and jax-triton (ImportError), and a Hopper GPU to run."""
     import tokamax
 
     # It warns at every call, with a page of its arguments, that nobody has tuned it for them.
@@ -113,7 +118,7 @@ def _tokamax_kernel() -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _tokamax(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[Array, Prepared | None]:
-    out = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True)
+    out = tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True)
     return out, _prepared(out, recipe)
 
 
@@ -122,7 +127,7 @@ def _prepared(out: Array, recipe: Recipe) -> Prepared | None:
 
 
 def _tokamax_fwd(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[tuple[Array, Prepared | None], tuple]:
-    out, (largest, sums) = _tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
+    out, (largest, sums) = tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
     log_sums = checkpoint_name(largest * math.log2(math.e) + jnp.log2(sums), "attention_sums")
     if not recipe.fp8:
         out = checkpoint_name(out, "attention_out")

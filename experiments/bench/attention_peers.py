@@ -1,5 +1,6 @@
 """Implementations of causal attention to compare, what they have to compute, and how far off they are."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,9 @@ Attend = Callable[[Any, Any, Any], Any]  # q, k, v
 
 def implementations(config: ModelConfig) -> dict[str, Attend]:
     """What can compute it on this machine, by name."""
-    import importlib.util
-
     import jax
 
-    from dsv3_jax.model.attention import attend
+    from dsv3_jax.model.attention import attend, has_tokamax, tokamax_kernel
     from dsv3_jax.model.layers import softmax_scale
 
     scale = softmax_scale(config)
@@ -25,8 +24,9 @@ def implementations(config: ModelConfig) -> dict[str, Attend]:
     found = {"plain JAX": ours("reference")}
     if jax.default_backend() == "gpu":
         found["cuDNN, V padded"] = ours("cudnn")
-        if importlib.util.find_spec("tokamax"):
-            found["tokamax"] = ours("tokamax")
+        if has_tokamax():
+            found["tokamax"] = functools.partial(tokamax_kernel(), logits_scale=scale, is_causal=True)
+            found["tokamax, gradients ours"] = ours("tokamax")
     return found
 
 

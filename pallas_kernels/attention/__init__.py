@@ -33,7 +33,9 @@ def attention_backward(
         raise NotImplementedError(f"{reason}; use impl='reference'")
     from pallas_kernels.attention import hopper  # only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it
 
-    dq, dk, dv = hopper.gradients(q, k, v, gradient, hopper.lines(log_sums, out, gradient), scale)
+    lines, length = hopper.lines(log_sums, out, gradient), q.shape[1]
+    q, k, v, gradient = (hopper.whole_tiles(x) for x in (q, k, v, gradient))
+    dq, dk, dv = (x[:, :length] for x in hopper.gradients(q, k, v, gradient, lines, scale))
     return (dq * scale).astype(q.dtype), dk, dv
 
 

@@ -41,7 +41,7 @@ def gradients(
 ) -> tuple[Array, Array, Array]:
     """dQ in float32, not yet scaled, dK and dV, of q and k [b, t, h, 64 | 128 | 192], v and gradient [b, t, h, 64 | 128] in bfloat16.
 
-    Any t; `lines` as the function of that name makes them.
+    t: a multiple of eight; `lines` as the function of that name makes them.
     """
     batch, length, heads, width = q.shape
     sizes = _Sizes(length, heads, width, v.shape[-1], scale)
@@ -60,6 +60,11 @@ def gradients(
         kernel_name="attention_backward",
     )(q, k, v, gradient, lines, dq)
     return jax.freeze(dq), dk, dv
+
+
+def whole_tiles(x: Array) -> Array:
+    """Rows of zeros up to a multiple of eight, which Mosaic's tiled copies need; where some lack, this copies x."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
 
 def lines(log_sums: Array, out: Array, gradient: Array) -> Array:

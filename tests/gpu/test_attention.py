@@ -1,13 +1,12 @@
-"""Fused attention against plain JAX on a Hopper GPU: tokamax at the widths of MLA, cuDNN at others too, and the gradients' kernel by itself."""
+"""Fused attention against plain JAX on a Hopper GPU: tokamax at the widths of MLA, cuDNN at others too, and the kernel of the gradients."""
 
 import dataclasses
 import functools
-import importlib.util
 
 import jax
 import pytest
 
-from dsv3_jax.model.attention import attend
+from dsv3_jax.model.attention import attend, has_tokamax
 from dsv3_jax.model.layers import softmax_scale
 from dsv3_jax.precision.policy import BF16, Recipe
 from experiments.bench.attention_peers import draw, errors, exact_results
@@ -17,7 +16,7 @@ from tests.kernels.attention_cases import GradientCases
 from tests.small import MODEL
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
-needs_tokamax = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs tokamax")
+needs_tokamax = pytest.mark.skipif(not has_tokamax(), reason="needs tokamax")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def _forward(q, k, v, scale):
 
 @pytest.fixture(autouse=True)
 def _kernel(monkeypatch):
-    monkeypatch.setattr(attention, "_tokamax_kernel", Kernel)
+    monkeypatch.setattr(attention, "tokamax_kernel", Kernel)
 
 
 def _operands(dtype="float32"):
