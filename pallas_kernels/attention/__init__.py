@@ -31,10 +31,12 @@ def attention_backward(
     reason = unsupported(q.dtype.name, q.shape[-1], v.shape[-1])
     if reason:
         raise NotImplementedError(f"{reason}; use impl='reference'")
-    from pallas_kernels.attention import hopper  # only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it
+    # Only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it.
+    from pallas_kernels.attention import hopper
+    from pallas_kernels.memory import whole_rows
 
     lines, length = hopper.lines(log_sums, out, gradient), q.shape[1]
-    q, k, v, gradient = (hopper.whole_tiles(x) for x in (q, k, v, gradient))
+    q, k, v, gradient = (whole_rows(x, axis=1) for x in (q, k, v, gradient))
     dq, dk, dv = (x[:, :length] for x in hopper.gradients(q, k, v, gradient, lines, scale))
     return (dq * scale).astype(q.dtype), dk, dv
 

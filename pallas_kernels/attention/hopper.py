@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.memory import tiled
+
 Array = jax.Array
 
 _ROWS = 64  # queries of a step, and keys of a warpgroup
@@ -60,11 +62,6 @@ def gradients(
         kernel_name="attention_backward",
     )(q, k, v, gradient, lines, dq)
     return jax.freeze(dq), dk, dv
-
-
-def whole_tiles(x: Array) -> Array:
-    """Rows of zeros up to a multiple of eight, which Mosaic's tiled copies need; where some lack, this copies x."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0)))
 
 
 def lines(log_sums: Array, out: Array, gradient: Array) -> Array:
@@ -116,28 +113,22 @@ class _Unit:
 
 def _scratch(sizes: _Sizes) -> dict[str, Any]:
     # dQ is computed in passes of 32 columns of K. Operands of one wgmma have the same swizzle: so have Q and dS.
-    narrow = functools.partial(_tiled, swizzle=_PASS * 2)
+    narrow = functools.partial(tiled, swizzle=_PASS * 2)
     return dict(
         k_slot=narrow(1, _KEYS, sizes.width),
-        v_slot=_tiled(1, _KEYS, sizes.v_width),
+        v_slot=tiled(1, _KEYS, sizes.v_width),
         q_slots=narrow(_STAGES, _ROWS, sizes.width),
-        gradient_slots=_tiled(_STAGES, _ROWS, sizes.v_width),
+        gradient_slots=tiled(_STAGES, _ROWS, sizes.v_width),
         line_slots=plgpu.SMEM((_STAGES, 2 * _ROWS), jnp.float32),
-        p_slot=_tiled(1, _KEYS, _ROWS),
+        p_slot=tiled(1, _KEYS, _ROWS),
         ds_slot=narrow(1, _KEYS, _ROWS),
-        dq_slot=_tiled(_ROWS, sizes.width // 2, dtype=jnp.float32),
+        dq_slot=tiled(_ROWS, sizes.width // 2, dtype=jnp.float32),
         asked=plgpu.Barrier(num_arrivals=2),
         filled=plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
         freed=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
         ready=plgpu.Barrier(num_arrivals=2),  # dS
         taken=plgpu.Barrier(),
     )
-
-
-def _tiled(*shape: int, swizzle: int = 128, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory as TMA writes and wgmma reads it."""
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]  # a protocol, to mypy
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
 def _locate(sizes: _Sizes) -> _Unit:

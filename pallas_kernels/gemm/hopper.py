@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm.product import GROUP, SWIZZLE, WAVE, Product, TuningConfig
+from pallas_kernels.memory import tiled
 
 _COLUMNS = 32  # whose scales a thread holds at a time in Wgrad
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -152,14 +153,12 @@ class _Kernel:
         c = self.config
         out = jnp.dtype(self.product.out)
         swizzle = plgpu.find_swizzle(self.store_columns * out.itemsize * 8)
-        operand = _swizzled(self.block_k, SWIZZLE)
-        stored = _swizzled(swizzle // out.itemsize, swizzle)
         copies = {"none": 1, "block": 2, "row": 2}[self.product.scales]
         free: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.stages)
         scratch = dict(
-            a_slots=plgpu.SMEM((c.stages, *self._slot("a", c.block_m)), dtype, transforms=operand),
-            b_slots=plgpu.SMEM((c.stages, *self._slot("b", c.block_n)), dtype, transforms=operand),
-            out_slots=plgpu.SMEM((c.warpgroups, c.store_slots, WAVE, self.store_columns), out, transforms=stored),
+            a_slots=tiled(c.stages, *self._slot("a", c.block_m), swizzle=SWIZZLE, dtype=dtype),
+            b_slots=tiled(c.stages, *self._slot("b", c.block_n), swizzle=SWIZZLE, dtype=dtype),
+            out_slots=tiled(c.warpgroups, c.store_slots, WAVE, self.store_columns, swizzle=swizzle, dtype=out),
             # The first wave also waits for b (and its row scales).
             filled=plgpu.Barrier(num_arrivals=copies * 2 if self.product.scales == "row" else copies + 1, num_barriers=c.stages),
             freed=plgpu.ClusterBarrier(collective_axes=("cluster",), **free) if c.cluster else plgpu.Barrier(**free),
@@ -171,11 +170,6 @@ class _Kernel:
         if self.product.scales == "row":
             scratch["b_scale_slots"] = plgpu.SMEM((c.stages, c.block_n), jnp.float32)
         return scratch
-
-
-def _swizzled(columns: int, swizzle: int) -> tuple[Any, Any]:
-    """The layout that TMA writes and wgmma reads: 8 rows of `swizzle` bytes at a time."""
-    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,12 +54,14 @@ def run(
     config: TuningConfig = DEFAULT,
 ) -> Float[Array, "b t h r"]:
     """The kernel, with positions cut into `splits` stretches whose results are then merged."""
-    from pallas_kernels.mla_decode import hopper  # only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it
+    # Only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it.
+    from pallas_kernels.memory import whole_rows
+    from pallas_kernels.mla_decode import hopper
 
     rows, tokens, heads, width = q.shape
     (_, page, rank), rope = c_kv.shape, k_r.shape[-1]
     sizes = Sizes(tokens, heads, rank, rope, page, splits, scale)
-    queries = hopper.whole_tiles(q.reshape(rows, tokens * heads, width))
+    queries = whole_rows(q.reshape(rows, tokens * heads, width), axis=1)
     partial, sums = hopper.attend(sizes, config, queries, c_kv.reshape(-1, rank), k_r.reshape(-1, rope), table, lengths)
     out = partial[0] if splits == 1 else merge(partial, sums)
     return out[:, : tokens * heads].reshape(rows, tokens, heads, rank).astype(q.dtype)

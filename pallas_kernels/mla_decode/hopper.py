@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import memory
 from pallas_kernels.mla_decode.sizes import TILE, Sizes, TuningConfig
 
 Array = jax.Array
@@ -74,14 +75,9 @@ def attend(
     )(q, c_kv, k_r, table, lengths)
 
 
-def whole_tiles(q: Array) -> Array:
-    """Queries with rows of zeros up to a multiple of eight, which Mosaic's tiled copies need; where some lack, this copies q."""
-    return jnp.pad(q, ((0, 0), (0, -q.shape[1] % 8), (0, 0)))
-
-
 def _scratch(sizes: Sizes, config: TuningConfig) -> dict[str, Any]:
-    slots, waiting, swizzle = config.stages, config.score_slots, _swizzle(config)
-    tiled = functools.partial(_tiled, swizzle=swizzle)
+    slots, waiting = config.stages, config.score_slots
+    tiled = functools.partial(memory.tiled, swizzle=_swizzle(config))
     free: dict[str, Any] = dict(num_arrivals=2, num_barriers=slots)
     return dict(
         q_slots=tiled(2, TILE, sizes.half),
@@ -107,12 +103,6 @@ def _paired(sizes: Sizes, config: TuningConfig) -> bool:
 def _swizzle(config: TuningConfig) -> int:
     """Bytes: P and values meet along the positions of a block, which have to be whole rows of a swizzled tile."""
     return config.block * 2
-
-
-def _tiled(*shape: int, swizzle: int) -> Any:
-    """bfloat16 as TMA writes and wgmma reads it."""
-    tiling = plgpu.TilingTransform((8, swizzle // 2))  # type: ignore[abstract]  # a protocol, to mypy
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.memory import tiled, whole_rows
 from pallas_kernels.quantize.reference import BLOCK, E4M3, E5M6_BITS, E5M6_MAX, E5M6_MIN_EXPONENT, SMALLEST_NORMAL, tile_scale
 
 Array = jax.Array
@@ -83,7 +84,7 @@ PRODUCTION = [
 @_once
 def quantize_rows(x: Array, power_of_two: bool, config: TuningConfig = DEFAULT, interpret: Any = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.quantize_rows`."""
-    rows, x = x.shape[0], _eights(x)
+    rows, x = x.shape[0], whole_rows(x)
     m, k = x.shape
     _check_width("x", k)
     blocks = pl.cdiv(k, BLOCK)
@@ -121,7 +122,7 @@ def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, pow
 @_once
 def quantize_and_keep(x: Array, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.quantize_and_keep`."""
-    rows, x = x.shape[0], _eights(x)
+    rows, x = x.shape[0], whole_rows(x)
     m, k = x.shape
     _check_width("x", k)
     blocks = pl.cdiv(k, BLOCK)
@@ -167,7 +168,7 @@ def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, s
 @_once
 def quantize_both(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.quantize_both`."""
-    rows, x = x.shape[0], _eights(x)
+    rows, x = x.shape[0], whole_rows(x)
     m, k = x.shape
     _check_width("x", k)
     blocks, mp = pl.cdiv(k, BLOCK), _padded(m)
@@ -258,7 +259,7 @@ def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values
 @_once
 def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, interpret: Any = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.retile`."""
-    values = _eights(values)
+    values = whole_rows(values)
     m, k = values.shape
     _check_width("values", k)
     row_blocks, blocks = _padded(m) // BLOCK, pl.cdiv(k, BLOCK)
@@ -354,7 +355,7 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
 @_once
 def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.swiglu_quantize`."""
-    rows, hidden = hidden.shape[0], _eights(hidden)
+    rows, hidden = hidden.shape[0], whole_rows(hidden)
     m, f = hidden.shape[0], hidden.shape[1] // 2
     _check_halves("hidden", f)
     blocks, mp = f // BLOCK, _padded(m)
@@ -416,7 +417,7 @@ def swiglu_backward(
     interpret: Any = None,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array | None]:
     """See `pallas_kernels.quantize.swiglu_backward`."""
-    rows, hidden, d_act = d_act.shape[0], _eights(hidden), _eights(d_act)
+    rows, hidden, d_act = d_act.shape[0], whole_rows(hidden), whole_rows(d_act)
     m, f = d_act.shape
     _check_halves("hidden", f)
     blocks, mp = f // BLOCK, _padded(m)
@@ -717,9 +718,7 @@ def _tile(dtype: Any, *shape: int, width: int = BLOCK) -> Any:
     Mosaic cuts rows of the array in pieces of the swizzle, so that has to divide them: 128 bytes, or what is left.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = math.gcd(128, shape[-1] * itemsize, width * itemsize)
-    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # type: ignore[abstract]  # a protocol, to mypy
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
+    return tiled(*shape, swizzle=math.gcd(128, shape[-1] * itemsize, width * itemsize), dtype=dtype)
 
 
 def _load(copies: list[tuple[Any, Any]], loaded: Any) -> None:
@@ -753,11 +752,6 @@ def _kernel(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: 
 
 def _padded(rows: int) -> int:
     return pl.cdiv(rows, BLOCK) * BLOCK
-
-
-def _eights(x: Array) -> Array:
-    """Rows of zeros up to a multiple of eight, which Mosaic's tiled copies need; where some lack, this copies x."""
-    return jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
 
 
 def _check_width(name: str, columns: int) -> None:
