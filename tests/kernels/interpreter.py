@@ -63,15 +63,18 @@ def _store_or_add(*, reduction_op, **arguments):
 @gpu_callbacks.fail_on_exception
 def _add(*, token, mesh_location, thread, source_info, predicate, commit_group, **arguments):
     memory = gpu_callbacks._get_shared_memory()
-    windows = {}
-    for side in ("src", "dst"):
-        key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
-        transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
-        windows |= {f"{side}_allocation_key": key, f"{side}_access": memory.access(key, jax.tree.map(int, transforms))}
     clock = memory.incr_clock(thread) if memory.detect_races else None
+    windows = (*_window(memory, arguments, "src"), *_window(memory, arguments, "dst"))
     with _adding:
-        memory.execute_async_task(_Addition(mesh_location, thread, **windows, source_info=source_info, clock=clock))
+        memory.execute_async_task(_Addition(mesh_location, thread, *windows, source_info, clock))
     return token
+
+
+def _window(memory, arguments, side):
+    """Which part of which buffer an operand is."""
+    key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
+    transforms = gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])
+    return key, memory.access(key, jax.tree.map(int, transforms))
 
 
 class _Addition(gpu_callbacks.AsyncCopySmemToGmemTask):
@@ -108,13 +111,8 @@ def _product(*, a_allocation_key_as_array, **arguments):
 def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arguments):
     memory = gpu_callbacks._get_shared_memory()
     where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
-
-    def window(side):
-        key = gpu_callbacks.HostAllocationKey.from_array(arguments[f"{side}_allocation_key_as_array"])
-        return key, memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(arguments[f"{side}_transforms"])))
-
-    sums = window("acc")
-    b, acc = (memory.get_buffer_content(*at, thread, logging_info=where)[0] for at in (window("b"), sums))
+    sums = _window(memory, arguments, "acc")
+    b, acc = (memory.get_buffer_content(*at, thread, logging_info=where)[0] for at in (_window(memory, arguments, "b"), sums))
     memory.store_buffer_content(*sums, acc + np.matmul(a, b, dtype=acc.dtype), thread, logging_info=where)
     return token
 
