@@ -1,15 +1,12 @@
 """Causal attention at MLA widths, behind one function that a kernel can stand in for.
 
-Queries and keys are `qk_head_dim` wide, values `v_head_dim`. `reference` is plain JAX in float32 and
-works everywhere. For bf16 on NVIDIA GPUs there are two fused ways: `tokamax`, on Hopper where that package is
-installed and its tiles fit, takes both widths as they are, and its gradients come from `pallas_kernels.attention`;
-`cudnn` wants equal widths, so the values are padded with zeros to the query width and the padding is cut off the output.
+Queries and keys are `qk_head_dim` wide, values `v_head_dim`. `reference` is plain JAX in float32 and works everywhere. For bf16 on
+NVIDIA GPUs there are two fused ways: `pallas`, our kernels for Hopper (`pallas_kernels.attention`), takes the parts of queries and keys as
+they lie; `cudnn` wants equal widths, so the values are padded with zeros to the query width and the padding is cut off the output.
 """
 
 import functools
-import importlib.util
 import logging
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,30 +16,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.precision.linear import Prepared, prepare, restored
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
-from pallas_kernels.attention import attention_backward, unsupported
+from pallas_kernels.attention import Rotated, attention, attention_backward, unsupported
+from pallas_kernels.attention.reference import joined
 from pallas_kernels.backend import is_hopper
 
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def resolve_implementation(impl: str, backend: str, dtype: str, tiles_fit: bool = True) -> str:
-    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. `pallas` asks for products only.
-
-    tiles_fit: whether the gradients' kernel takes the widths, and the length is a multiple of 128, as tokamax was seen to work with.
-    """
-    if impl not in ("auto", "pallas"):
+def resolve_implementation(impl: str, backend: str, dtype: str, reason: str | None = None) -> str:
+    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. reason: why the kernels cannot run."""
+    if impl != "auto":
         return impl
     choice = "reference"
     if backend == "gpu" and dtype in ("bfloat16", "float16"):
-        choice = "tokamax" if tiles_fit and is_hopper() and has_tokamax() else "cudnn"
-    _log.info("attention: impl=auto picked %s (backend %s, %s)", choice, backend, dtype)
+        choice = "pallas" if is_hopper() and reason is None else "cudnn"
+    because = f"; {reason}" if reason and choice == "cudnn" else ""
+    _log.info("attention: impl=auto picked %s (backend %s, %s%s)", choice, backend, dtype, because)
     return choice
-
-
-def has_tokamax() -> bool:
-    """Whether its kernels can be imported: tokamax.ops.gpu needs jax-triton too."""
-    return all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton"))
 
 
 class Attended(NamedTuple):
@@ -53,28 +44,34 @@ class Attended(NamedTuple):
 
 
 def attend(
-    q: Float[Array, "b t h k"],
+    q: Float[Array, "b t h q"],
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     *,
     scale: float,
+    rotated: Rotated | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     impl: str = "auto",
     recipe: Recipe = BF16,
 ) -> Attended:
     """Causal softmax attention (V3 eq. 10). With `segment_ids`, a token sees only its own segment.
 
-    The output is kept for the backward pass as "attention_out", in FP8 by the Linear after it, which `recipe` is of. tokamax keeps the sums
-    of its softmax too, as "attention_sums", so it is not computed again where both are kept, and in FP8 its backward pass reads the
-    Linear's E5M6 (V3 sec. 3.3.2). impl: auto | reference | tokamax | cudnn. Raises NotImplementedError for a document mask in the last two.
+    rotated: a second part of queries, and one of keys that all heads share; columns of q past those of k are then not read.
+    The output is kept for the backward pass as "attention_out", in FP8 by the Linear after it, which `recipe` is of. The kernels keep
+    the sums of their softmax too, as "attention_sums", so that it is not computed again where both are kept, and in FP8 their backward
+    pass reads the Linear's E5M6 (V3 sec. 3.3.2). impl: auto | reference | pallas | cudnn. Raises NotImplementedError for what the last
+    two cannot do: a document mask, and in `pallas` widths that its kernels do not take.
     """
-    tiles_fit = q.shape[1] % 128 == 0 and unsupported(q.dtype.name, q.shape[-1], v.shape[-1]) is None
-    chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, tiles_fit)
+    reason = unsupported(q, k, v, rotated)
+    chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, reason)
     if chosen != "reference" and segment_ids is not None:
         remedy = "use precision.impl=reference or data.document_mask=False"
         raise NotImplementedError(f"{chosen} attention has no document mask here; {remedy}")
-    if chosen == "tokamax":
-        return Attended(*_tokamax(q, k, v, scale, recipe))
+    if chosen == "pallas":
+        if reason:
+            raise NotImplementedError(f"precision.impl='pallas': {reason}; use precision.impl='auto' or 'reference'")
+        return Attended(*_by_kernels(q, k, v, rotated, scale, recipe))
+    q, k = joined(q, k, rotated)
     out = _causal_reference(q, k, v, scale, segment_ids) if chosen == "reference" else _cudnn(q, k, v, scale)
     return Attended(out if recipe.fp8 else checkpoint_name(out, "attention_out"), None)
 
@@ -106,19 +103,9 @@ def masked_attention(
     return jnp.einsum("bhts,bshv->bthv", probabilities.astype(v.dtype), v)
 
 
-@functools.cache
-def tokamax_kernel() -> Any:
-    """The forward kernel, a function of q, k and v. Needs tokamax and jax-triton (ImportError), and a Hopper GPU to run."""
-    import tokamax
-
-    # It warns at every call, with a page of its arguments, that nobody has tuned it for them.
-    logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("Autotuning cache miss"))
-    return tokamax.ops.gpu.PallasMosaicFlashAttention()
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _tokamax(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[Array, Prepared | None]:
-    out = tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _by_kernels(q: Array, k: Array, v: Array, rotated: Rotated | None, scale: float, recipe: Recipe) -> tuple[Array, Prepared | None]:
+    out, _ = attention(q, k, v, rotated, scale, "pallas")
     return out, _prepared(out, recipe)
 
 
@@ -126,22 +113,24 @@ def _prepared(out: Array, recipe: Recipe) -> Prepared | None:
     return prepare(out.reshape(*out.shape[:2], -1), recipe, AFTER_ATTENTION) if recipe.fp8 else None
 
 
-def _tokamax_fwd(q: Array, k: Array, v: Array, scale: float, recipe: Recipe) -> tuple[tuple[Array, Prepared | None], tuple]:
-    out, (largest, sums) = tokamax_kernel()(q, k, v, logits_scale=scale, is_causal=True, return_residuals=True)
-    log_sums = checkpoint_name(largest * math.log2(math.e) + jnp.log2(sums), "attention_sums")
+def _by_kernels_fwd(
+    q: Array, k: Array, v: Array, rotated: Rotated | None, scale: float, recipe: Recipe
+) -> tuple[tuple[Array, Prepared | None], tuple]:
+    out, log_sums = attention(q, k, v, rotated, scale, "pallas")
+    log_sums = checkpoint_name(log_sums, "attention_sums")
     if not recipe.fp8:
         out = checkpoint_name(out, "attention_out")
     prepared = _prepared(out, recipe)
-    return (out, prepared), (q, k, v, log_sums, prepared.kept if prepared else out)
+    return (out, prepared), (q, k, v, rotated, log_sums, prepared.kept if prepared else out)
 
 
-def _tokamax_bwd(scale: float, recipe: Recipe, residual: tuple, gradient: tuple[Array, Any]) -> tuple[Array, Array, Array]:
-    q, k, v, log_sums, kept = residual
+def _by_kernels_bwd(scale: float, recipe: Recipe, residual: tuple, gradient: tuple[Array, Any]) -> tuple:
+    q, k, v, rotated, log_sums, kept = residual
     out = restored(kept, q.dtype.name).reshape(v.shape) if recipe.fp8 else kept
-    return attention_backward(q, k, v, out, gradient[0], log_sums, scale)
+    return attention_backward(q, k, v, rotated, out, gradient[0], log_sums, scale, "pallas")
 
 
-_tokamax.defvjp(_tokamax_fwd, _tokamax_bwd)
+_by_kernels.defvjp(_by_kernels_fwd, _by_kernels_bwd)
 
 
 def _cudnn(q: Array, k: Array, v: Array, scale: float) -> Array:

@@ -44,25 +44,34 @@ class InPages(NamedTuple):
 
 
 def expand(
-    latent: Latent, kv_b_proj: Float[Array, "r hnv"], heads: int, nope: int, recipe: Recipe = BF16
-) -> tuple[Float[Array, "b s h k"], Float[Array, "b s h v"]]:
-    """Keys `[c_kv W_UK ; k_r]`, `nope` of each from the latent, and values `c_kv W_UV` of all heads (eq. 2, 4, 5)."""
+    c_kv: Float[Array, "b s r"], kv_b_proj: Float[Array, "r hnv"], heads: int, nope: int, recipe: Recipe = BF16
+) -> tuple[Float[Array, "b s h n"], Float[Array, "b s h v"]]:
+    """Content keys `c_kv W_UK`, `nope` wide, and values `c_kv W_UV` of all heads (eq. 2, 5)."""
     columns = kv_b_proj.reshape(kv_b_proj.shape[0], heads, -1)
 
     def product(kernel: Array) -> Array:
-        return linear(latent.c_kv, kernel.reshape(kernel.shape[0], -1), recipe).reshape(*latent.c_kv.shape[:2], heads, -1)
+        return linear(c_kv, kernel.reshape(kernel.shape[0], -1), recipe).reshape(*c_kv.shape[:2], heads, -1)
 
     if nope % BLOCK or columns.shape[-1] % BLOCK:
         k_c, v = jnp.split(product(columns), [nope], axis=-1)
     else:  # no block of weights has columns of both, and values need no copy to lie by themselves
         k_c, v = map(product, jnp.split(columns, [nope], axis=-1))
-    k_r = jnp.broadcast_to(latent.k_r[:, :, None], (*k_c.shape[:3], latent.k_r.shape[-1]))
-    return jnp.concatenate([k_c, k_r], -1), v
+    return k_c, v
+
+
+class Queries(NamedTuple):
+    """Content and rotated queries of every head (eq. 6-9)."""
+
+    projected: Float[Array, "b t h k"]  # the first qk_nope_head_dim columns are content
+    rotated: Float[Array, "b t h p"]
+
+    @property
+    def content(self) -> Float[Array, "b t h n"]:
+        return self.projected[..., : self.projected.shape[-1] - self.rotated.shape[-1]]
 
 
 def expanded_attention(
-    q_c: Float[Array, "b t h n"],
-    q_r: Float[Array, "b t h p"],
+    queries: Queries,
     latent: Latent,
     kv_b_proj: Float[Array, "r hnv"],
     scale: float,
@@ -71,13 +80,14 @@ def expanded_attention(
     recipe: Recipe = BF16,
 ) -> Attended:
     """Training form: keys `[c_kv W_UK ; k_r]` and values `c_kv W_UV` for every head (eq. 4-10)."""
-    k, v = expand(latent, kv_b_proj, q_c.shape[2], q_c.shape[3], recipe)
-    return attend(jnp.concatenate([q_c, q_r], -1), k, v, scale=scale, segment_ids=segment_ids, impl=impl, recipe=recipe)
+    _, _, heads, width = queries.projected.shape
+    k_c, v = expand(latent.c_kv, kv_b_proj, heads, width - latent.k_r.shape[-1], recipe)
+    rotated = queries.rotated, latent.k_r
+    return attend(queries.projected, k_c, v, scale=scale, rotated=rotated, segment_ids=segment_ids, impl=impl, recipe=recipe)
 
 
 def absorbed_attention(
-    q_c: Float[Array, "b t h n"],
-    q_r: Float[Array, "b t h p"],
+    queries: Queries,
     cache: Latent | InPages,
     kv_b_proj: Float[Array, "r hnv"],
     scale: float,
@@ -87,6 +97,7 @@ def absorbed_attention(
 
     In pages, the kernel reads what each token may see, which is all up to itself, and no mask.
     """
+    q_c, q_r = queries.content, queries.rotated
     heads, nope = q_c.shape[-2:]
     kv_up = kv_b_proj.astype(q_c.dtype).reshape(kv_b_proj.shape[0], heads, -1)
     w_uk, w_uv = jnp.split(kv_up, [nope], axis=-1)
@@ -144,10 +155,9 @@ class MLA(nn.Module):
         self.o_proj = Linear(c.hidden_size, std, self.recipe, AFTER_ATTENTION)
 
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
-        q_c, q_r = self.queries(x, positions)
-        latent = self.latent(x, positions)
+        queries, latent = self.queries(x, positions), self.latent(x, positions)
         scale = softmax_scale(self.config)
-        return self._project(*expanded_attention(q_c, q_r, latent, self.kv_b_proj, scale, segment_ids, self.impl, self.recipe))
+        return self._project(*expanded_attention(queries, latent, self.kv_b_proj, scale, segment_ids, self.impl, self.recipe))
 
     def decode(
         self,
@@ -163,27 +173,24 @@ class MLA(nn.Module):
         needs fewer operations where there are as many queries as keys. With heads on other devices too, x has this
         device's share of the tokens; positions, mask and cache have all of the group's.
         """
-        q_c, q_r = self.queries(x, positions)
+        queries = self.queries(x, positions)
         new, scale = self.latent(x, positions), softmax_scale(self.config)
         cache, latents = store(cache, new, positions)
         if mask is None:
-            out = expanded_attention(q_c, q_r, new, self.kv_b_proj, scale, None, self.impl, self.recipe).out
+            out = expanded_attention(queries, new, self.kv_b_proj, scale, None, self.impl, self.recipe).out
         else:
-            out = absorbed_attention(q_c, q_r, latents, self.kv_b_proj, scale, mask)
+            out = absorbed_attention(queries, latents, self.kv_b_proj, scale, mask)
         return self._project(out), cache
 
-    def queries(
-        self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]
-    ) -> tuple[Float[Array, "b t h n"], Float[Array, "b t h p"]]:
-        """Content queries and rotated queries of every head (eq. 6-9). Where devices share heads, x is the part of the tokens here."""
+    def queries(self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]) -> Queries:
+        """Where devices share heads, x is the part of the tokens here."""
         c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(self._of_group(x))
         else:
             q = self.q_b_proj(self._of_group(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x), "q_latent"))))
         q = q.reshape(*q.shape[:2], c.num_attention_heads, c.qk_head_dim)
-        q_c, q_r = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-        return q_c, rope(q_r, positions, c)
+        return Queries(q, rope(q[..., c.qk_nope_head_dim :], positions, c))
 
     def latent(self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]) -> Latent:
         """What the tokens leave in the cache (eq. 1, 3)."""

@@ -1,6 +1,8 @@
 """Implementations of causal attention to compare, what they have to compute, and how far off they are."""
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,9 @@ def implementations(config: ModelConfig) -> dict[str, Attend]:
     """What can compute it on this machine, by name."""
     import jax
 
-    from dsv3_jax.model.attention import attend, has_tokamax, tokamax_kernel
+    from dsv3_jax.model.attention import attend
     from dsv3_jax.model.layers import softmax_scale
+    from pallas_kernels.backend import is_hopper
 
     scale = softmax_scale(config)
 
@@ -24,10 +27,19 @@ def implementations(config: ModelConfig) -> dict[str, Attend]:
     found = {"plain JAX": ours("reference")}
     if jax.default_backend() == "gpu":
         found["cuDNN, V padded"] = ours("cudnn")
-        if has_tokamax():
-            found["tokamax"] = functools.partial(tokamax_kernel(), logits_scale=scale, is_causal=True)
-            found["tokamax, gradients ours"] = ours("tokamax")
+    if is_hopper():
+        found["pallas_kernels"] = ours("pallas")
+        if all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton")):  # its kernels need both
+            found["tokamax"] = functools.partial(_tokamax(), logits_scale=scale, is_causal=True)
     return found
+
+
+def _tokamax() -> Any:
+    import tokamax
+
+    # It warns at every call, with a page of its arguments, that nobody has tuned it for them.
+    logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith("Autotuning cache miss"))
+    return tokamax.ops.gpu.PallasMosaicFlashAttention()
 
 
 def draw(config: ModelConfig, dtype: str, batch: int, length: int) -> tuple[Any, ...]:

@@ -1,19 +1,16 @@
-"""Gradients of causal attention on Hopper GPUs (Mosaic GPU): five products for each pair of query and key, in one kernel.
+"""Causal attention on Hopper GPUs (Mosaic GPU), with what its gradients need of it.
 
-A block of threads takes 128 keys of one head and goes over the queries that see them, 64 at a step. Three warpgroups:
+A block of threads takes 128 queries of one head and goes over the keys that they see, 128 at a step, the last ones first. Three warpgroups:
 
-    two of keys   64 keys each:  S^T = K Q^T,  P = exp2(S^T - log_sums),  dV += P dO,
-                                 dP = V dO^T,  dS = P (dP - <dO, O>),     dK += dS Q
-    one serves    TMA copies of Q, dO and two lines of numbers into `_STAGES` slots; dQ += dS^T K, which TMA adds to global memory
+    two of queries  64 queries each:  S = Q K^T,  P = exp2(S - largest),  O = O exp2(largest before - largest) + P V
+    one loads       TMA copies of Q, then of K and V into `_STAGES` slots
 
-What decides the shape is registers. dK and dV of 64 keys are 160 a thread (192 and 128 columns), scores 32 and P 16, so that nothing is
-left for dQ in their warpgroups. The third has 56 and computes dQ in passes of 32 columns. ptxas makes every wgmma wait for the one
-before if they do not suffice (C7512), which takes twice the time.
+S of a step is issued before P V of the last one, so that its softmax runs beside that product, and the two warpgroups take turns to issue,
+so that one is at its softmax while the tensor cores have products of the other.
 """
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -22,276 +19,212 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.attention.sizes import PIECE, Sizes, head_and_turn, sizes_of, window
 from pallas_kernels.memory import tiled
 
 Array = jax.Array
 
-_ROWS = 64  # queries of a step, and keys of a warpgroup
-_KEYS = 2 * _ROWS  # of a block
+_ROWS = 64  # queries of a warpgroup
+_QUERIES = 2 * _ROWS  # of a block
+_KEYS = _QUERIES  # of a step, so that the first step alone has keys that some queries do not see
 _STAGES = 2
-_PASS = 32  # columns of dQ at a time
-_CHUNK = 16  # queries whose lines a thread holds at a time
-_SERVER = 2  # warpgroup
-_REGISTERS = (224, 56)  # a thread of keys, of the server: 504 with both of keys, all that three warpgroups start with
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_LOADER = 2  # warpgroup
+_REGISTERS = (240, 24)  # a thread of queries, of the loader: 504 with both of queries, all that three warpgroups start with
 
 
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def gradients(
-    q: Array, k: Array, v: Array, gradient: Array, lines: Array, scale: float, interpret: Any = None
-) -> tuple[Array, Array, Array]:
-    """dQ in float32, not yet scaled, dK and dV, of q and k [b, t, h, 64 | 128 | 192], v and gradient [b, t, h, 64 | 128] in bfloat16.
+def attention(q: tuple[Array, ...], k: tuple[Array, ...], v: Array, scale: float, interpret: Any = None) -> tuple[Array, Array]:
+    """The output, and log2 of the sums of exponentials, [b, h, t up to a multiple of 128].
 
-    t: a multiple of eight; `lines` as the function of that name makes them.
+    Parts of q [b, t, h, n or more] and of k [b, t, h, n] or [b, t, n], with n = 64, 128 or 192; v [b, t, h, 64 | 128]; in bfloat16. t: a
+    multiple of eight.
     """
-    batch, length, heads, width = q.shape
-    sizes = _Sizes(length, heads, width, v.shape[-1], scale)
-    dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
-    dk, dv = plgpu.kernel(
+    sizes = sizes_of(k, v, scale)
+    blocks = pl.cdiv(sizes.length, _QUERIES)
+    sums = jax.ShapeDtypeStruct((sizes.batch, sizes.heads, blocks * _QUERIES), jnp.float32)
+    return plgpu.kernel(
         functools.partial(_body, sizes),
-        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        out_type=(jax.ShapeDtypeStruct(v.shape, v.dtype), sums),
         scratch_types=_scratch(sizes),
-        grid=(batch * heads * sizes.blocks,),
+        grid=(sizes.batch * sizes.heads * blocks,),
         grid_names=("unit",),
         num_threads=3,
         thread_name="warpgroup",
         # Stores to shared memory are fenced by hand.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
-        kernel_name="attention_backward",
-    )(q, k, v, gradient, lines, dq)
-    return jax.freeze(dq), dk, dv
+        kernel_name="attention",
+    )(*q, *k, v)
 
 
-def lines(log_sums: Array, out: Array, gradient: Array) -> Array:
-    """What a step needs of its queries, as one line: 64 `log_sums`, then 64 products of output and gradient. [b, h, steps, 128]."""
-    of_rows = jnp.einsum("bthv,bthv->bht", out, gradient, preferred_element_type=jnp.float32)
-    of_rows = lax.optimization_barrier(of_rows)  # XLA would compute it for each half of a line, and slowly
-
-    def tiles(x: Array, rest: float) -> Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % _ROWS)), constant_values=rest).reshape(*x.shape[:2], -1, _ROWS)
-
-    return jnp.concatenate([tiles(log_sums, jnp.inf), tiles(of_rows, 0.0)], -1)  # queries that do not exist have P = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    length: int
-    heads: int
-    width: int  # columns of q and k
-    v_width: int
-    scale: float
-
-    @property
-    def blocks(self) -> int:
-        return pl.cdiv(self.length, _KEYS)
-
-    @property
-    def tiles(self) -> int:
-        """Steps that all queries make."""
-        return pl.cdiv(self.length, _ROWS)
+def _scratch(sizes: Sizes) -> dict[str, Any]:
+    slots: dict[str, Any] = dict(num_barriers=_STAGES)
+    return dict(
+        # The output leaves by the same slots.
+        q_slots=[tiled(_QUERIES, PIECE) for _ in range(0, max(sizes.width, sizes.v_width), PIECE)],
+        k_slots=[tiled(_STAGES, _KEYS, width) for width in sizes.widths],
+        v_slots=tiled(_STAGES, _KEYS, sizes.v_width),
+        sums_slot=plgpu.SMEM((_QUERIES,), jnp.float32),
+        asked=plgpu.Barrier(num_arrivals=sizes.width // PIECE),
+        k_filled=plgpu.Barrier(num_arrivals=len(sizes.widths), **slots),
+        v_filled=plgpu.Barrier(**slots),
+        k_freed=plgpu.Barrier(num_arrivals=2, **slots),
+        v_freed=plgpu.Barrier(num_arrivals=2, **slots),
+        turns=plgpu.Barrier(num_barriers=2),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """What a block of threads does: which keys of which head."""
+    """What a block of threads does: which queries of which head."""
 
     row: Array
     head: Array
     block: Array
-    first: Array  # tile of queries that sees its keys
-    steps: Array
 
     @property
-    def keys(self) -> Any:
-        return pl.ds(self.block * _KEYS, _KEYS)
+    def steps(self) -> Array:
+        return self.block + 1
 
-    def queries(self, n: Array) -> Any:
-        return pl.ds((self.first + n) * _ROWS, _ROWS)
-
-
-def _scratch(sizes: _Sizes) -> dict[str, Any]:
-    # dQ is computed in passes of 32 columns of K. Operands of one wgmma have the same swizzle: so have Q and dS.
-    narrow = functools.partial(tiled, swizzle=_PASS * 2)
-    return dict(
-        k_slot=narrow(1, _KEYS, sizes.width),
-        v_slot=tiled(1, _KEYS, sizes.v_width),
-        q_slots=narrow(_STAGES, _ROWS, sizes.width),
-        gradient_slots=tiled(_STAGES, _ROWS, sizes.v_width),
-        line_slots=plgpu.SMEM((_STAGES, 2 * _ROWS), jnp.float32),
-        p_slot=tiled(1, _KEYS, _ROWS),
-        ds_slot=narrow(1, _KEYS, _ROWS),
-        dq_slot=tiled(_ROWS, sizes.width // 2, dtype=jnp.float32),
-        asked=plgpu.Barrier(num_arrivals=2),
-        filled=plgpu.Barrier(num_arrivals=3, num_barriers=_STAGES),
-        freed=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-        ready=plgpu.Barrier(num_arrivals=2),  # dS
-        taken=plgpu.Barrier(),
-    )
+    def keys(self, n: Array) -> Any:
+        return pl.ds((self.block - n) * _KEYS, _KEYS)
 
 
-def _locate(sizes: _Sizes) -> _Unit:
-    """Blocks of one head are neighbours, so that all but the first find its queries in L2; those that have the most steps come first."""
-    unit = lax.axis_index("unit")
-    column, block = lax.div(unit, sizes.blocks), lax.rem(unit, sizes.blocks)
-    first = block * (_KEYS // _ROWS)
-    return _Unit(lax.div(column, sizes.heads), lax.rem(column, sizes.heads), block, first, sizes.tiles - first)
+def _locate(sizes: Sizes) -> _Unit:
+    blocks = pl.cdiv(sizes.length, _QUERIES)
+    row, head, turn = head_and_turn(sizes, lax.axis_index("unit"), blocks)
+    return _Unit(row, head, blocks - 1 - turn)
 
 
-def _body(sizes: _Sizes, q: Any, k: Any, v: Any, gradient: Any, lines: Any, dq: Any, dk: Any, dv: Any, **scratch: Any) -> None:
-    refs = dict(q=q, k=k, v=v, gradient=gradient, lines=lines, dq=dq, dk=dk, dv=dv, **scratch)
-    unit = _locate(sizes)
-    warpgroup = lax.axis_index("warpgroup")
-    of_keys, of_server = _REGISTERS
+def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
+    parts = len(sizes.widths)
+    *rest, v, out, sums = operands
+    refs = dict(q=rest[:parts], k=rest[parts:], v=v, out=out, sums=sums, **scratch)
+    unit, warpgroup = _locate(sizes), lax.axis_index("warpgroup")
+    of_queries, of_loader = _REGISTERS
 
-    @pl.when(warpgroup == _SERVER)
-    def _server() -> None:
-        plgpu.set_max_registers(of_server, action="decrease")
-        _serve(sizes, refs, unit)
+    @pl.when(warpgroup == _LOADER)
+    def _loader() -> None:
+        plgpu.set_max_registers(of_loader, action="decrease")
+        _load(sizes, refs, unit)
 
-    @pl.when(warpgroup != _SERVER)
-    def _keys() -> None:
-        plgpu.set_max_registers(of_keys, action="increase")
-        _sum_keys(sizes, refs, unit, warpgroup)
-
-
-def _here(n: Array) -> Array:
-    """0, in a way that LLVM does not see: else it computes some forty addresses of K and V before the loop, and keeps them in registers."""
-    return lax.shift_right_logical(n, 20)
+    @pl.when(warpgroup != _LOADER)
+    def _queries() -> None:
+        plgpu.set_max_registers(of_queries, action="increase")
+        _attend(sizes, refs, unit, warpgroup)
 
 
-# --- the server ---
+def _pieces(sizes: Sizes) -> list[tuple[int, Any]]:
+    """Part and columns of each piece of a query."""
+    return [(part, pl.ds(first, PIECE)) for part, width in enumerate(sizes.widths) for first in range(0, width, PIECE)]
 
 
-def _serve(sizes: _Sizes, refs: Any, unit: _Unit) -> None:
-    plgpu.copy_gmem_to_smem(refs["k"].at[unit.row, unit.keys, unit.head], refs["k_slot"].at[0], refs["asked"])
-    _load(refs, unit, jnp.int32(0))
-    plgpu.copy_gmem_to_smem(refs["v"].at[unit.row, unit.keys, unit.head], refs["v_slot"].at[0], refs["asked"])
-    pl.when(unit.steps > 1)(lambda: _load(refs, unit, jnp.int32(1)))
+def _load(sizes: Sizes, refs: Any, unit: _Unit) -> None:
+    queries = pl.ds(unit.block * _QUERIES, _QUERIES)
+    for slot, (part, columns) in zip(refs["q_slots"], _pieces(sizes), strict=False):
+        plgpu.copy_gmem_to_smem(window(refs["q"][part], unit.row, queries, unit.head, columns), slot, refs["asked"])
 
     def step(n: Array, _: None) -> None:
-        slot = lax.rem(n, _STAGES)
-        plgpu.barrier_wait(refs["ready"])
-        _add_half(sizes, refs, unit, n, 0)
-        plgpu.barrier_wait(refs["freed"].at[slot])
-        pl.when(n + _STAGES < unit.steps)(lambda: _load(refs, unit, n + _STAGES))
-        _add_half(sizes, refs, unit, n, 1)
+        slot, keys = lax.rem(n, _STAGES), unit.keys(n)
+        pl.when(n >= _STAGES)(lambda: plgpu.barrier_wait(refs["k_freed"].at[slot]))
+        for k, slots in zip(refs["k"], refs["k_slots"], strict=True):
+            plgpu.copy_gmem_to_smem(window(k, unit.row, keys, unit.head, slice(None)), slots.at[slot], refs["k_filled"].at[slot])
+        pl.when(n >= _STAGES)(lambda: plgpu.barrier_wait(refs["v_freed"].at[slot]))
+        plgpu.copy_gmem_to_smem(refs["v"].at[unit.row, keys, unit.head], refs["v_slots"].at[slot], refs["v_filled"].at[slot])
 
     lax.fori_loop(0, unit.steps, step, None)
-    plgpu.wait_smem_to_gmem(0)
 
 
-def _load(refs: Any, unit: _Unit, n: Array) -> None:
-    """Copies of a step's queries."""
-    slot = lax.rem(n, _STAGES)
-    load = functools.partial(plgpu.copy_gmem_to_smem, barrier=refs["filled"].at[slot])
-    load(refs["q"].at[unit.row, unit.queries(n), unit.head], refs["q_slots"].at[slot])
-    load(refs["gradient"].at[unit.row, unit.queries(n), unit.head], refs["gradient_slots"].at[slot])
-    load(refs["lines"].at[unit.row, unit.head, unit.first + n], refs["line_slots"].at[slot])
+# --- the warpgroups of queries ---
 
 
-def _add_half(sizes: _Sizes, refs: Any, unit: _Unit, n: Array, half: int) -> None:
-    """Half of the columns of a step's dQ."""
-    columns = sizes.width // 2
-    for at in range(0, columns, _PASS):
-
-        def product(acc: Any, at: int = at) -> Array:
-            plgpu.wgmma(acc, refs["ds_slot"].at[_here(n)].T, refs["k_slot"].at[_here(n), :, pl.ds(half * columns + at, _PASS)])
-            return acc[...]
-
-        part = pl.run_scoped(product, plgpu.ACC((_ROWS, _PASS), jnp.float32))
-        if at == 0:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if half and at + _PASS == columns:
-            plgpu.barrier_arrive(refs["taken"])
-        refs["dq_slot"][:, at : at + _PASS] = part
-    plgpu.commit_smem()
-    window = refs["dq"].at[unit.row, unit.queries(n), unit.head, pl.ds(half * columns, columns)]
-    plgpu.copy_smem_to_gmem(refs["dq_slot"], window, reduction_op="add")
-
-
-# --- the warpgroups of keys ---
-
-
-def _sum_keys(sizes: _Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
-    """dK and dV of 64 keys."""
+def _attend(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
+    """Outputs of 64 queries, by the online softmax (2307.08691, algorithm 1)."""
     own = pl.ds(warpgroup * _ROWS, _ROWS)
-    first_key = unit.block * _KEYS + warpgroup * _ROWS
     plgpu.barrier_wait(refs["asked"])
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(refs["turns"].at[0]))
 
-    def scope(dk: Any, dv: Any) -> tuple[Array, Array]:
-        def step(n: Array, _: None) -> None:
-            slot, here = lax.rem(n, _STAGES), _here(n)
-            plgpu.barrier_wait(refs["filled"].at[slot])
-            p = _probabilities(sizes, refs, unit, n, own, first_key)
-            # P waits in float16, which has three bits more than bfloat16 where they count, in half of float32's registers.
-            held = [lax.optimization_barrier(part.astype(jnp.float16)) for part in p]
-            refs["p_slot"][0, own] = jnp.concatenate([part.astype(jnp.bfloat16) for part in p], 1)
-            plgpu.commit_smem()
-            plgpu.wgmma(dv, refs["p_slot"].at[here, own], refs["gradient_slots"].at[slot])
-            ds = _score_gradients(refs, n, own, held)
-            pl.when(n > 0)(lambda: plgpu.barrier_wait(refs["taken"]))
-            refs["ds_slot"][0, own] = ds
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(refs["ready"])
-            plgpu.wgmma(dk, ds, refs["q_slots"].at[slot])
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(refs["freed"].at[slot])
+    def scope(out: Any) -> tuple[Array, Array, Array]:
+        carry = _first_step(sizes, refs, warpgroup, own)
+        step = functools.partial(_step, sizes, refs, warpgroup, own, out)
+        largest, total, p = lax.fori_loop(1, unit.steps, step, carry)
+        last = lax.rem(unit.steps - 1, _STAGES)
+        plgpu.barrier_wait(refs["v_filled"].at[last])
+        plgpu.wgmma(out, p, refs["v_slots"].at[last])
+        return out[...], largest, total
 
-        lax.fori_loop(0, unit.steps, step, None)
-        return dk[...], dv[...]
-
-    accumulators = (plgpu.ACC((_ROWS, columns), jnp.float32) for columns in (sizes.width, sizes.v_width))
-    dk, dv = pl.run_scoped(scope, *accumulators)
-    refs["v_slot"][0, own] = dv.astype(jnp.bfloat16)
-    plgpu.barrier_wait(refs["taken"])  # the last dQ reads all keys
-    refs["k_slot"][0, own] = (dk * sizes.scale).astype(jnp.bfloat16)
-    plgpu.commit_smem()
-    for slot, out in (("k_slot", "dk"), ("v_slot", "dv")):
-        plgpu.copy_smem_to_gmem(refs[slot].at[0, own], refs[out].at[unit.row, pl.ds(first_key, _ROWS), unit.head])
+    out, largest, total = pl.run_scoped(scope, plgpu.ACC((_ROWS, sizes.v_width), jnp.float32))
+    _store(refs, unit, warpgroup, own, (out * _spread(1.0 / total, out)).astype(jnp.bfloat16), largest + jnp.log2(total))
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs["turns"].at[0]))  # that the other gave when it was done
     plgpu.wait_smem_to_gmem(0)
 
 
-def _probabilities(sizes: _Sizes, refs: Any, unit: _Unit, n: Array, own: Any, first_key: Array) -> list[Array]:
-    """P, keys by queries, in chunks of queries."""
-
-    def scope(acc: Any) -> list[Array]:
-        plgpu.wgmma(acc, refs["k_slot"].at[_here(n), own], refs["q_slots"].at[lax.rem(n, _STAGES)].T)
-        scores = acc[...]
-        before = first_key - (unit.first + n) * _ROWS  # how many of the queries see none of the keys
-
-        def mask() -> Array:
-            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (_ROWS, _CHUNK), layout=plgpu.Layout.WGMMA)
-            ahead = iota(1) - iota(0)
-            parts = enumerate(_chunks(scores))
-            return jnp.concatenate([jnp.where(ahead >= before - i * _CHUNK, part, -jnp.inf) for i, part in parts], 1)
-
-        scores = lax.cond(n < _KEYS // _ROWS, mask, lambda: scores)
-        scale = sizes.scale * math.log2(math.e)  # powers of two are the instruction that there is
-        return [jnp.exp2(part * scale - _line(refs, n, i * _CHUNK)) for i, part in enumerate(_chunks(scores))]
-
-    return pl.run_scoped(scope, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
-
-
-def _score_gradients(refs: Any, n: Array, own: Any, p: list[Array]) -> Array:
-    """dS, keys by queries, of P in chunks."""
+def _first_step(sizes: Sizes, refs: Any, warpgroup: Array, own: Any) -> tuple[Array, Array, Array]:
+    """Largest exponents, sums of exponentials and P, of the queries' own block of keys."""
 
     def scope(acc: Any) -> Array:
-        plgpu.wgmma(acc, refs["v_slot"].at[_here(n), own], refs["gradient_slots"].at[lax.rem(n, _STAGES)].T)
-        dp = _chunks(acc[...])
-        parts = enumerate(zip(p, dp, strict=True))
-        ds = [held.astype(jnp.float32) * (part - _line(refs, n, _ROWS + i * _CHUNK)) for i, (held, part) in parts]
-        return jnp.concatenate([part.astype(jnp.bfloat16) for part in ds], 1)
+        plgpu.barrier_wait(refs["k_filled"].at[0])
+        _score(sizes, refs, own, 0, acc)
+        return acc[...]
 
-    return pl.run_scoped(scope, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+    scores = pl.run_scoped(scope, _accumulator())
+    plgpu.barrier_arrive(refs["k_freed"].at[0])
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA)
+    scores = jnp.where(iota(0) - iota(1) >= -warpgroup * _ROWS, scores, -jnp.inf)
+    largest = scores.max(1) * sizes.exponent
+    p = jnp.exp2(scores * sizes.exponent - _spread(largest, scores))
+    return largest, p.sum(1), p.astype(jnp.bfloat16)
 
 
-def _chunks(x: Array) -> list[Array]:
-    return [x[:, i : i + _CHUNK] for i in range(0, _ROWS, _CHUNK)]
+def _step(
+    sizes: Sizes, refs: Any, warpgroup: Array, own: Any, out: Any, n: Array, carry: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """The scores of step n, beside the output of the step before."""
+    largest, total, p = carry
+    slot, before = lax.rem(n, _STAGES), lax.rem(n - 1, _STAGES)
+
+    def scope(acc: Any) -> Array:
+        plgpu.barrier_wait(refs["k_filled"].at[slot])
+        plgpu.barrier_wait(refs["turns"].at[warpgroup])
+        _score(sizes, refs, own, slot, acc)
+        plgpu.barrier_wait(refs["v_filled"].at[before])
+        plgpu.wgmma(out, p, refs["v_slots"].at[before])
+        plgpu.barrier_arrive(refs["turns"].at[1 - warpgroup])
+        return plgpu.wgmma_accumulator_load(acc, wait_n=1)
+
+    scores = pl.run_scoped(scope, _accumulator())
+    plgpu.barrier_arrive(refs["k_freed"].at[slot])
+    new = jnp.maximum(largest, scores.max(1) * sizes.exponent)
+    p = jnp.exp2(scores * sizes.exponent - _spread(new, scores))
+    shrink = jnp.exp2(largest - new)
+    total = total * shrink + p.sum(1)
+    so_far = plgpu.wgmma_accumulator_load(out, wait_n=0)
+    plgpu.barrier_arrive(refs["v_freed"].at[before])
+    out[...] = so_far * _spread(shrink, so_far)
+    return new, total, p.astype(jnp.bfloat16)
 
 
-def _line(refs: Any, n: Array, at: int) -> Array:
-    """Numbers of a chunk of queries, for every key."""
-    line = refs["line_slots"].at[lax.rem(n, _STAGES), pl.ds(at, _CHUNK)]
-    return lax.broadcast_in_dim(plgpu.load(line, layout=_COLUMN, optimized=False), (_ROWS, _CHUNK), (1,))
+def _accumulator() -> Any:
+    return plgpu.ACC((_ROWS, _KEYS), jnp.float32)
+
+
+def _score(sizes: Sizes, refs: Any, own: Any, slot: Array | int, acc: Any) -> None:
+    for q, (part, columns) in zip(refs["q_slots"], _pieces(sizes), strict=False):
+        plgpu.wgmma(acc, q.at[own], refs["k_slots"][part].at[slot, :, columns].T)
+
+
+def _spread(rows: Array, like: Array) -> Array:
+    return lax.broadcast_in_dim(rows, like.shape, (0,))
+
+
+def _store(refs: Any, unit: _Unit, warpgroup: Array, own: Any, out: Array, log_sums: Array) -> None:
+    queries = pl.ds(unit.block * _QUERIES + warpgroup * _ROWS, _ROWS)
+    pieces = [pl.ds(first, PIECE) for first in range(0, out.shape[1], PIECE)]
+    for slot, columns in zip(refs["q_slots"], pieces, strict=False):
+        slot[own] = out[:, columns.start : columns.start + PIECE]
+    refs["sums_slot"][own] = log_sums
+    plgpu.commit_smem()
+    for slot, columns in zip(refs["q_slots"], pieces, strict=False):
+        plgpu.copy_smem_to_gmem(slot.at[own], refs["out"].at[unit.row, queries, unit.head, columns])
+    plgpu.copy_smem_to_gmem(refs["sums_slot"].at[own], refs["sums"].at[unit.row, unit.head, queries])

@@ -48,12 +48,11 @@ def test_absorbed_decode_equals_expanded_training_form(config, chunks, first_alo
 def test_keys_and_values_by_two_products_are_those_of_one(recipe):
     """Heads of 128 have blocks of weights of their own, so FP8 rounds the same but for the order of sums; others go in one product."""
     rng = np.random.default_rng(3)
-    c_kv, k_r, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 24, 160), (2, 24, 16), (160, 3 * 256)))
+    c_kv, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 24, 160), (160, 3 * 256)))
     one = linear(c_kv, kernel, recipe)
 
     def both(kernel):
-        keys, values = expand(Latent(c_kv, k_r), kernel, 3, 128, recipe)
-        return jnp.concatenate([keys[..., :128], values], -1).reshape(one.shape)
+        return jnp.concatenate(expand(c_kv, kernel, 3, 128, recipe), -1).reshape(one.shape)
 
     np.testing.assert_allclose(both(kernel), one, rtol=1e-4, atol=1e-4)
     d = jnp.asarray(rng.normal(size=one.shape), jnp.float32)
@@ -112,24 +111,26 @@ def test_long_rows_in_pieces_equal_the_full_square(segmented):
     np.testing.assert_allclose(got, masked_attention(q, k, v, 0.5, mask), atol=1e-5)
 
 
-def test_attention_with_cudnn_names_what_it_cannot_do():
+@pytest.mark.parametrize(
+    ("impl", "segmented", "words"),
+    [("cudnn", True, "document mask"), ("pallas", True, "document mask"), ("pallas", False, "8 columns: .* take 64, 128 or 192")],
+)
+def test_fused_attention_names_what_it_cannot_do(impl, segmented, words):
     q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="document mask"):
-        attend(q, q, q, scale=1.0, segment_ids=jnp.zeros((1, 4), jnp.int32), impl="cudnn")
+    with pytest.raises(NotImplementedError, match=words):
+        attend(q, q, q, scale=1.0, segment_ids=jnp.zeros((1, 4), jnp.int32) if segmented else None, impl=impl)
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "hopper", "installed", "tiles_fit", "expected"),
+    ("backend", "dtype", "hopper", "reason", "expected"),
     [
-        ("cpu", "bfloat16", False, True, True, "reference"),
-        ("gpu", "float32", True, True, True, "reference"),
-        ("gpu", "bfloat16", False, True, True, "cudnn"),
-        ("gpu", "bfloat16", True, False, True, "cudnn"),
-        ("gpu", "bfloat16", True, True, False, "cudnn"),
-        ("gpu", "bfloat16", True, True, True, "tokamax"),
+        ("cpu", "bfloat16", False, None, "reference"),
+        ("gpu", "float32", True, None, "reference"),
+        ("gpu", "bfloat16", False, None, "cudnn"),
+        ("gpu", "bfloat16", True, "too wide", "cudnn"),
+        ("gpu", "bfloat16", True, None, "pallas"),
     ],
 )
-def test_auto_picks_what_the_backend_can_run(monkeypatch, backend, dtype, hopper, installed, tiles_fit, expected):
+def test_auto_picks_what_the_backend_can_run(monkeypatch, backend, dtype, hopper, reason, expected):
     monkeypatch.setattr("dsv3_jax.model.attention.is_hopper", lambda: hopper)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if installed else None)
-    assert resolve_implementation.__wrapped__("auto", backend, dtype, tiles_fit) == expected
+    assert resolve_implementation.__wrapped__("auto", backend, dtype, reason) == expected

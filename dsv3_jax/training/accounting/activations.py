@@ -71,7 +71,7 @@ def saved_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dic
         "q_latent": tokens * (m.q_lora_rank or 0) * itemsize,
         "kv_latent": tokens * (m.kv_lora_rank + m.qk_rope_head_dim) * itemsize,
         "attention_out": product_input_bytes(config, tokens, m.num_attention_heads * m.v_head_dim, E5M6),
-        "attention_sums": tokens * m.num_attention_heads * 2 * FLOAT32_BYTES if _fused_attention(config) else 0,
+        "attention_sums": tokens * m.num_attention_heads * FLOAT32_BYTES if _fused_attention(config) else 0,
         "attention_residual": tokens * m.hidden_size * itemsize,
         "swiglu_in": sum(product_input_bytes(config, rows, 2 * width) for rows, width in _ffns(config, is_moe, tokens)),
         "routing": tokens * m.num_experts_per_tok * 4 if is_moe else 0,
