@@ -54,23 +54,24 @@ def attend(
     impl: str = "auto",
     recipe: Recipe = BF16,
 ) -> Attended:
-    """Causal softmax attention (V3 eq. 10). With `segment_ids`, a token sees only its own segment.
+    """Causal softmax attention (V3 eq. 10). With `segment_ids`, which rise along a row, a token sees only its own segment.
 
     rotated: a second part of queries, and one of keys that all heads share; columns of q past those of k are then not read.
     The output is kept for the backward pass as "attention_out", in FP8 by the Linear after it, which `recipe` is of. The kernels keep
     the sums of their softmax too, as "attention_sums", so that it is not computed again where both are kept, and in FP8 their backward
     pass reads the Linear's E5M6 (V3 sec. 3.3.2). impl: auto | reference | pallas | cudnn. Raises NotImplementedError for what the last
-    two cannot do: a document mask, and in `pallas` widths that its kernels do not take.
+    two cannot do: in `cudnn` a document mask, in `pallas` widths that its kernels do not take.
     """
     reason = unsupported(q, k, v, rotated)
     chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, reason)
-    if chosen != "reference" and segment_ids is not None:
-        remedy = "use precision.impl=reference or data.document_mask=False"
-        raise NotImplementedError(f"{chosen} attention has no document mask here; {remedy}")
     if chosen == "pallas":
         if reason:
             raise NotImplementedError(f"precision.impl='pallas': {reason}; use precision.impl='auto' or 'reference'")
-        return Attended(*_by_kernels(q, k, v, rotated, scale, recipe))
+        starts = None if segment_ids is None else _starts(segment_ids)
+        return Attended(*_by_kernels(q, k, v, rotated, starts, scale, recipe))
+    if chosen == "cudnn" and segment_ids is not None:
+        remedy = "use precision.impl=reference or data.document_mask=False"
+        raise NotImplementedError(f"{chosen} attention has no document mask here; {remedy}")
     q, k = joined(q, k, rotated)
     out = _causal_reference(q, k, v, scale, segment_ids) if chosen == "reference" else _cudnn(q, k, v, scale)
     return Attended(out if recipe.fp8 else checkpoint_name(out, "attention_out"), None)
@@ -103,9 +104,18 @@ def masked_attention(
     return jnp.einsum("bhts,bshv->bthv", probabilities.astype(v.dtype), v)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _by_kernels(q: Array, k: Array, v: Array, rotated: Rotated | None, scale: float, recipe: Recipe) -> tuple[Array, Prepared | None]:
-    out, _ = attention(q, k, v, rotated, scale, "pallas")
+def _starts(segment_ids: Array) -> Array:
+    """Where the segment of each token begins."""
+    positions = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    begins = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), mode="edge")[:, :-1]
+    return jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _by_kernels(
+    q: Array, k: Array, v: Array, rotated: Rotated | None, starts: Array | None, scale: float, recipe: Recipe
+) -> tuple[Array, Prepared | None]:
+    out, _ = attention(q, k, v, rotated, starts, scale, "pallas")
     return out, _prepared(out, recipe)
 
 
@@ -114,20 +124,20 @@ def _prepared(out: Array, recipe: Recipe) -> Prepared | None:
 
 
 def _by_kernels_fwd(
-    q: Array, k: Array, v: Array, rotated: Rotated | None, scale: float, recipe: Recipe
+    q: Array, k: Array, v: Array, rotated: Rotated | None, starts: Array | None, scale: float, recipe: Recipe
 ) -> tuple[tuple[Array, Prepared | None], tuple]:
-    out, log_sums = attention(q, k, v, rotated, scale, "pallas")
+    out, log_sums = attention(q, k, v, rotated, starts, scale, "pallas")
     log_sums = checkpoint_name(log_sums, "attention_sums")
     if not recipe.fp8:
         out = checkpoint_name(out, "attention_out")
     prepared = _prepared(out, recipe)
-    return (out, prepared), (q, k, v, rotated, log_sums, prepared.kept if prepared else out)
+    return (out, prepared), (q, k, v, rotated, starts, log_sums, prepared.kept if prepared else out)
 
 
 def _by_kernels_bwd(scale: float, recipe: Recipe, residual: tuple, gradient: tuple[Array, Any]) -> tuple:
-    q, k, v, rotated, log_sums, kept = residual
+    q, k, v, rotated, starts, log_sums, kept = residual
     out = restored(kept, q.dtype.name).reshape(v.shape) if recipe.fp8 else kept
-    return attention_backward(q, k, v, rotated, out, gradient[0], log_sums, scale, "pallas")
+    return *attention_backward(q, k, v, rotated, starts, out, gradient[0], log_sums, scale, "pallas"), None
 
 
 _by_kernels.defvjp(_by_kernels_fwd, _by_kernels_bwd)

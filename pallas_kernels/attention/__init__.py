@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.attention import reference
 from pallas_kernels.backend import use_pallas
@@ -24,17 +24,22 @@ def attention(
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     rotated: Rotated | None,
+    starts: Int32[Array, "b t"] | None,
     scale: float,
     impl: str = "auto",
 ) -> tuple[Float[Array, "b t h v"], Float32[Array, "b h t"]]:
-    """`softmax(scale [q ; q_r] [k ; k_r]^T) v`, where a query sees keys up to its own position, and log2 of the sums of exponentials."""
+    """`softmax(scale [q ; q_r] [k ; k_r]^T) v`, where a query sees keys up to its own position, and log2 of the sums of exponentials.
+
+    starts: the first position that each query sees, where its document begins, which never falls along a row; None: all see the first.
+    The kernels pass over keys of other documents.
+    """
     if not use_pallas(impl):
-        return reference.attention(q, k, v, rotated, scale)
+        return reference.attention(q, k, v, rotated, starts, scale)
     _check(q, k, v, rotated)
     # Only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it.
     from pallas_kernels.attention import hopper
 
-    out, log_sums = hopper.attention(*_parts(q, k, v, rotated), scale)
+    out, log_sums = hopper.attention(*_parts(q, k, v, rotated), starts, scale)
     return out[:, : q.shape[1]], log_sums[..., : q.shape[1]]
 
 
@@ -43,6 +48,7 @@ def attention_backward(
     k: Float[Array, "b t h k"],
     v: Float[Array, "b t h v"],
     rotated: Rotated | None,
+    starts: Int32[Array, "b t"] | None,
     out: Float[Array, "b t h v"],
     gradient: Float[Array, "b t h v"],
     log_sums: Float32[Array, "b h t"],
@@ -54,13 +60,13 @@ def attention_backward(
     The kernel adds up the gradient of queries in float32 in whatever order its blocks come, so that its last bits differ from run to run.
     """
     if not use_pallas(impl):
-        return reference.attention_backward(q, k, v, rotated, out, gradient, log_sums, scale)
+        return reference.attention_backward(q, k, v, rotated, starts, out, gradient, log_sums, scale)
     _check(q, k, v, rotated)
     from pallas_kernels.attention import hopper_backward
     from pallas_kernels.memory import whole_rows
 
     lines, length, width = hopper_backward.lines(log_sums, out, gradient), q.shape[1], k.shape[-1]
-    operands = (*_parts(q, k, v, rotated), whole_rows(gradient, axis=1), lines)
+    operands = (*_parts(q, k, v, rotated), whole_rows(gradient, axis=1), lines, starts)
     dq, dk, dv = hopper_backward.gradients(*operands, scale)
     dq, (dk, *dk_r), dv = ((dq[:, :length] * scale).astype(q.dtype), [part[:, :length] for part in dk], dv[:, :length])
     of_rotated = (dq[..., width:], dk_r[0].sum(2, dtype=jnp.float32).astype(k.dtype)) if rotated else None

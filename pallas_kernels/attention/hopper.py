@@ -29,19 +29,23 @@ _QUERIES = 2 * _ROWS  # of a block
 _KEYS = _QUERIES  # of a step, so that the first step alone has keys that some queries do not see
 _STAGES = 2
 _LOADER = 2  # warpgroup
+_ROW = plgpu.Layout.WGMMA.reduce(1)
 _REGISTERS = (240, 24)  # a thread of queries, of the loader: 504 with both of queries, all that three warpgroups start with
 
 
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def attention(q: tuple[Array, ...], k: tuple[Array, ...], v: Array, scale: float, interpret: Any = None) -> tuple[Array, Array]:
+def attention(
+    q: tuple[Array, ...], k: tuple[Array, ...], v: Array, starts: Array | None, scale: float, interpret: Any = None
+) -> tuple[Array, Array]:
     """The output, and log2 of the sums of exponentials, [b, h, t up to a multiple of 128].
 
     Parts of q [b, t, h, n or more] and of k [b, t, h, n] or [b, t, n], with n = 64, 128 or 192; v [b, t, h, 64 | 128]; in bfloat16. t: a
-    multiple of eight.
+    multiple of eight. starts [b, t] in int32: the first key that a query sees, never falling along a row; None: all see the first.
     """
-    sizes = sizes_of(k, v, scale)
+    sizes = sizes_of(k, v, scale, starts)
     blocks = pl.cdiv(sizes.length, _QUERIES)
+    of_documents = [] if starts is None else [jnp.pad(starts, ((0, 0), (0, blocks * _QUERIES - starts.shape[1])), mode="edge")]
     sums = jax.ShapeDtypeStruct((sizes.batch, sizes.heads, blocks * _QUERIES), jnp.float32)
     return plgpu.kernel(
         functools.partial(_body, sizes),
@@ -55,7 +59,7 @@ def attention(q: tuple[Array, ...], k: tuple[Array, ...], v: Array, scale: float
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention",
-    )(*q, *k, v)
+    )(*q, *k, v, *of_documents)
 
 
 def _scratch(sizes: Sizes) -> dict[str, Any]:
@@ -66,7 +70,8 @@ def _scratch(sizes: Sizes) -> dict[str, Any]:
         k_slots=[tiled(_STAGES, _KEYS, width) for width in sizes.widths],
         v_slots=tiled(_STAGES, _KEYS, sizes.v_width),
         sums_slot=plgpu.SMEM((_QUERIES,), jnp.float32),
-        asked=plgpu.Barrier(num_arrivals=sizes.width // PIECE),
+        starts_slot=plgpu.SMEM((_QUERIES,), jnp.int32),
+        asked=plgpu.Barrier(num_arrivals=sizes.width // PIECE + sizes.documents),
         k_filled=plgpu.Barrier(num_arrivals=len(sizes.widths), **slots),
         v_filled=plgpu.Barrier(**slots),
         k_freed=plgpu.Barrier(num_arrivals=2, **slots),
@@ -82,26 +87,32 @@ class _Unit:
     row: Array
     head: Array
     block: Array
+    steps: Array
+    last_start: Any  # the first key that all queries see, None without documents
 
     @property
-    def steps(self) -> Array:
-        return self.block + 1
+    def queries(self) -> Any:
+        return pl.ds(self.block * _QUERIES, _QUERIES)
 
-    def keys(self, n: Array) -> Any:
-        return pl.ds((self.block - n) * _KEYS, _KEYS)
+    def first_key(self, n: Array) -> Array:
+        return (self.block - n) * _KEYS
 
 
-def _locate(sizes: Sizes) -> _Unit:
+def _locate(sizes: Sizes, starts: Any) -> _Unit:
     blocks = pl.cdiv(sizes.length, _QUERIES)
     row, head, turn = head_and_turn(sizes, lax.axis_index("unit"), blocks)
-    return _Unit(row, head, blocks - 1 - turn)
+    block = blocks - 1 - turn
+    if not sizes.documents:
+        return _Unit(row, head, block, block + 1, None)
+    first, last = (starts[row, block * _QUERIES + query] for query in (0, _QUERIES - 1))
+    return _Unit(row, head, block, block + 1 - lax.div(first, _KEYS), last)
 
 
 def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
     parts = len(sizes.widths)
-    *rest, v, out, sums = operands
-    refs = dict(q=rest[:parts], k=rest[parts:], v=v, out=out, sums=sums, **scratch)
-    unit, warpgroup = _locate(sizes), lax.axis_index("warpgroup")
+    q, k, (v, *starts, out, sums) = operands[:parts], operands[parts : 2 * parts], operands[2 * parts :]
+    refs = dict(q=q, k=k, v=v, starts=starts, out=out, sums=sums, **scratch)
+    unit, warpgroup = _locate(sizes, *starts or [None]), lax.axis_index("warpgroup")
     of_queries, of_loader = _REGISTERS
 
     @pl.when(warpgroup == _LOADER)
@@ -121,12 +132,13 @@ def _pieces(sizes: Sizes) -> list[tuple[int, Any]]:
 
 
 def _load(sizes: Sizes, refs: Any, unit: _Unit) -> None:
-    queries = pl.ds(unit.block * _QUERIES, _QUERIES)
     for slot, (part, columns) in zip(refs["q_slots"], _pieces(sizes), strict=False):
-        plgpu.copy_gmem_to_smem(window(refs["q"][part], unit.row, queries, unit.head, columns), slot, refs["asked"])
+        plgpu.copy_gmem_to_smem(window(refs["q"][part], unit.row, unit.queries, unit.head, columns), slot, refs["asked"])
+    for starts in refs["starts"]:
+        plgpu.copy_gmem_to_smem(starts.at[unit.row, unit.queries], refs["starts_slot"], refs["asked"])
 
     def step(n: Array, _: None) -> None:
-        slot, keys = lax.rem(n, _STAGES), unit.keys(n)
+        slot, keys = lax.rem(n, _STAGES), pl.ds(unit.first_key(n), _KEYS)
         pl.when(n >= _STAGES)(lambda: plgpu.barrier_wait(refs["k_freed"].at[slot]))
         for k, slots in zip(refs["k"], refs["k_slots"], strict=True):
             plgpu.copy_gmem_to_smem(window(k, unit.row, keys, unit.head, slice(None)), slots.at[slot], refs["k_filled"].at[slot])
@@ -141,13 +153,14 @@ def _load(sizes: Sizes, refs: Any, unit: _Unit) -> None:
 
 def _attend(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
     """Outputs of 64 queries, by the online softmax (2307.08691, algorithm 1)."""
-    own = pl.ds(warpgroup * _ROWS, _ROWS)
+    own = _own(warpgroup)
     plgpu.barrier_wait(refs["asked"])
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(refs["turns"].at[0]))
 
     def scope(out: Any) -> tuple[Array, Array, Array]:
-        carry = _first_step(sizes, refs, warpgroup, own)
-        step = functools.partial(_step, sizes, refs, warpgroup, own, out)
+        starts = plgpu.load(refs["starts_slot"].at[own], layout=_ROW, optimized=False) if sizes.documents else None
+        carry = _first_step(sizes, refs, unit, warpgroup, starts)
+        step = functools.partial(_step, sizes, refs, unit, warpgroup, starts, out)
         largest, total, p = lax.fori_loop(1, unit.steps, step, carry)
         last = lax.rem(unit.steps - 1, _STAGES)
         plgpu.barrier_wait(refs["v_filled"].at[last])
@@ -160,25 +173,27 @@ def _attend(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _first_step(sizes: Sizes, refs: Any, warpgroup: Array, own: Any) -> tuple[Array, Array, Array]:
+def _first_step(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array, starts: Array | None) -> tuple[Array, Array, Array]:
     """Largest exponents, sums of exponentials and P, of the queries' own block of keys."""
 
     def scope(acc: Any) -> Array:
         plgpu.barrier_wait(refs["k_filled"].at[0])
-        _score(sizes, refs, own, 0, acc)
+        _score(sizes, refs, warpgroup, 0, acc)
         return acc[...]
 
     scores = pl.run_scoped(scope, _accumulator())
     plgpu.barrier_arrive(refs["k_freed"].at[0])
     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA)
     scores = jnp.where(iota(0) - iota(1) >= -warpgroup * _ROWS, scores, -jnp.inf)
+    if starts is not None:
+        scores = _masked(scores, starts - unit.first_key(jnp.int32(0)))
     largest = scores.max(1) * sizes.exponent
     p = jnp.exp2(scores * sizes.exponent - _spread(largest, scores))
     return largest, p.sum(1), p.astype(jnp.bfloat16)
 
 
 def _step(
-    sizes: Sizes, refs: Any, warpgroup: Array, own: Any, out: Any, n: Array, carry: tuple[Array, Array, Array]
+    sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array, starts: Array | None, out: Any, n: Array, carry: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array]:
     """The scores of step n, beside the output of the step before."""
     largest, total, p = carry
@@ -187,7 +202,7 @@ def _step(
     def scope(acc: Any) -> Array:
         plgpu.barrier_wait(refs["k_filled"].at[slot])
         plgpu.barrier_wait(refs["turns"].at[warpgroup])
-        _score(sizes, refs, own, slot, acc)
+        _score(sizes, refs, warpgroup, slot, acc)
         plgpu.barrier_wait(refs["v_filled"].at[before])
         plgpu.wgmma(out, p, refs["v_slots"].at[before])
         plgpu.barrier_arrive(refs["turns"].at[1 - warpgroup])
@@ -195,6 +210,9 @@ def _step(
 
     scores = pl.run_scoped(scope, _accumulator())
     plgpu.barrier_arrive(refs["k_freed"].at[slot])
+    if starts is not None:
+        first_key = unit.first_key(n)
+        scores = lax.cond(first_key < unit.last_start, lambda: _masked(scores, starts - first_key), lambda: scores)
     new = jnp.maximum(largest, scores.max(1) * sizes.exponent)
     p = jnp.exp2(scores * sizes.exponent - _spread(new, scores))
     shrink = jnp.exp2(largest - new)
@@ -209,9 +227,21 @@ def _accumulator() -> Any:
     return plgpu.ACC((_ROWS, _KEYS), jnp.float32)
 
 
-def _score(sizes: Sizes, refs: Any, own: Any, slot: Array | int, acc: Any) -> None:
+def _score(sizes: Sizes, refs: Any, warpgroup: Array, slot: Array | int, acc: Any) -> None:
+    own = _own(warpgroup)
     for q, (part, columns) in zip(refs["q_slots"], _pieces(sizes), strict=False):
         plgpu.wgmma(acc, q.at[own], refs["k_slots"][part].at[slot, :, columns].T)
+
+
+def _masked(scores: Array, firsts: Array) -> Array:
+    """Scores of keys from the one of its row on."""
+    columns = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+    return jnp.where(columns >= _spread(firsts, scores), scores, -jnp.inf)
+
+
+def _own(warpgroup: Array) -> Any:
+    """The rows of a warpgroup."""
+    return pl.ds(warpgroup * _ROWS, _ROWS)
 
 
 def _spread(rows: Array, like: Array) -> Array:

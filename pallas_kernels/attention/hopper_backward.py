@@ -39,13 +39,21 @@ _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def gradients(
-    q: tuple[Array, ...], k: tuple[Array, ...], v: Array, gradient: Array, lines: Array, scale: float, interpret: Any = None
+    q: tuple[Array, ...],
+    k: tuple[Array, ...],
+    v: Array,
+    gradient: Array,
+    lines: Array,
+    starts: Array | None,
+    scale: float,
+    interpret: Any = None,
 ) -> tuple[Array, tuple[Array, ...], Array]:
     """dQ of all parts side by side in float32, not yet scaled; the parts of dK, each for every head; dV.
 
     Operands as of `hopper.attention`; `gradient` [b, t, h, 64 | 128] in bfloat16, `lines` as the function of that name makes them.
     """
-    sizes = sizes_of(k, v, scale)
+    sizes = sizes_of(k, v, scale, starts)
+    of_documents = [] if starts is None else _documents(sizes, starts)
     of_head = (sizes.batch, sizes.length, sizes.heads)
     dq = jax.new_ref(jnp.zeros((*of_head, sizes.width), jnp.float32))
     *dk, dv = plgpu.kernel(
@@ -60,7 +68,7 @@ def gradients(
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="attention_backward",
-    )(*q, *k, v, gradient, lines, dq)
+    )(*q, *k, v, gradient, lines, *of_documents, dq)
     return jax.freeze(dq), tuple(dk), dv
 
 
@@ -73,6 +81,14 @@ def lines(log_sums: Array, out: Array, gradient: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % _ROWS)), constant_values=rest).reshape(*x.shape[:2], -1, _ROWS)
 
     return jnp.concatenate([tiles(log_sums, jnp.inf), tiles(of_rows, 0.0)], -1)  # queries that do not exist have P = 0
+
+
+def _documents(sizes: Sizes, starts: Array) -> list[Array]:
+    """`starts` of whole tiles, and of each block of keys how many queries begin no later than its first key, and than its last."""
+    first = jnp.arange(_blocks(sizes)) * _KEYS
+    # Starts never fall, so these are the first queries.
+    until = [jnp.sum(starts[:, None] <= key[:, None], axis=-1, dtype=jnp.int32) for key in (first, first + _KEYS - 1)]
+    return [jnp.pad(starts, ((0, 0), (0, -starts.shape[1] % _ROWS)), mode="edge"), *until]
 
 
 def _blocks(sizes: Sizes) -> int:
@@ -88,6 +104,7 @@ class _Unit:
     block: Array
     first: Array  # tile of queries that sees its keys
     steps: Array
+    unmasked: Array | None  # queries, of all, that see every key of the block unless it is later, where there are documents
 
     @property
     def keys(self) -> Any:
@@ -110,24 +127,29 @@ def _scratch(sizes: Sizes) -> dict[str, Any]:
         ds_slot=narrow(1, _KEYS, _ROWS),
         dq_slot=tiled(_ROWS, sizes.width // 2, dtype=jnp.float32),
         asked=plgpu.Barrier(num_arrivals=1 + len(sizes.widths)),
-        filled=plgpu.Barrier(num_arrivals=2 + len(sizes.widths), num_barriers=_STAGES),
+        filled=plgpu.Barrier(num_arrivals=2 + len(sizes.widths) + sizes.documents, num_barriers=_STAGES),
         freed=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        starts_slots=plgpu.SMEM((_STAGES, _ROWS), jnp.int32),
         ready=plgpu.Barrier(num_arrivals=2),  # dS
         taken=plgpu.Barrier(),
     )
 
 
-def _locate(sizes: Sizes) -> _Unit:
+def _locate(sizes: Sizes, documents: list[Any]) -> _Unit:
     row, head, block = head_and_turn(sizes, lax.axis_index("unit"), _blocks(sizes))
     first = block * (_KEYS // _ROWS)
-    return _Unit(row, head, block, first, pl.cdiv(sizes.length, _ROWS) - first)
+    if not documents:
+        return _Unit(row, head, block, first, pl.cdiv(sizes.length, _ROWS) - first, None)
+    _, all_seen, last_seen = documents
+    return _Unit(row, head, block, first, pl.cdiv(last_seen[row, block], _ROWS) - first, all_seen[row, block])
 
 
 def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
     parts = len(sizes.widths)
-    q, k, (v, gradient, lines, dq, *dk, dv) = operands[:parts], operands[parts : 2 * parts], operands[2 * parts :]
-    refs = dict(q=q, k=k, v=v, gradient=gradient, lines=lines, dq=dq, dk=dk, dv=dv, **scratch)
-    unit = _locate(sizes)
+    q, k, (v, gradient, lines, *documents, dv) = operands[:parts], operands[parts : 2 * parts], operands[2 * parts :]
+    *documents, dq = documents[:-parts]
+    refs = dict(q=q, k=k, v=v, gradient=gradient, lines=lines, starts=documents[:1], dq=dq, dk=operands[-1 - parts : -1], dv=dv, **scratch)
+    unit = _locate(sizes, documents)
     warpgroup = lax.axis_index("warpgroup")
     of_keys, of_server = _REGISTERS
 
@@ -177,6 +199,8 @@ def _load(sizes: Sizes, refs: Any, unit: _Unit, n: Array) -> None:
         load(window(q, unit.row, unit.queries(n), unit.head, slice(0, width)), slots.at[slot])
     load(refs["gradient"].at[unit.row, unit.queries(n), unit.head], refs["gradient_slots"].at[slot])
     load(refs["lines"].at[unit.row, unit.head, unit.first + n], refs["line_slots"].at[slot])
+    for starts in refs["starts"]:
+        load(starts.at[unit.row, unit.queries(n)], refs["starts_slots"].at[slot])
 
 
 def _add_half(sizes: Sizes, refs: Any, unit: _Unit, n: Array, half: int) -> None:
@@ -254,18 +278,27 @@ def _probabilities(sizes: Sizes, refs: Any, unit: _Unit, n: Array, own: Any, fir
         for k, q in zip(refs["k_slots"], refs["q_slots"], strict=True):
             plgpu.wgmma(acc, k.at[_here(n), own], q.at[lax.rem(n, _STAGES)].T)
         scores = acc[...]
-        before = first_key - (unit.first + n) * _ROWS  # how many of the queries see none of the keys
-
-        def mask() -> Array:
-            iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (_ROWS, _CHUNK), layout=plgpu.Layout.WGMMA)
-            ahead = iota(1) - iota(0)
-            parts = enumerate(_chunks(scores))
-            return jnp.concatenate([jnp.where(ahead >= before - i * _CHUNK, part, -jnp.inf) for i, part in parts], 1)
-
-        scores = lax.cond(n < _KEYS // _ROWS, mask, lambda: scores)
-        return [jnp.exp2(part * sizes.exponent - _line(refs, n, i * _CHUNK)) for i, part in enumerate(_chunks(scores))]
+        partly_seen = n < _KEYS // _ROWS
+        if unit.unmasked is not None:
+            partly_seen |= (unit.first + n + 1) * _ROWS > unit.unmasked
+        scores = lax.cond(partly_seen, lambda: _masked(scores, refs, unit, n, first_key), lambda: scores)
+        lines = [_of_queries(refs["line_slots"], n, at) for at in range(0, _ROWS, _CHUNK)]
+        return [jnp.exp2(part * sizes.exponent - line) for part, line in zip(_chunks(scores), lines, strict=True)]
 
     return pl.run_scoped(scope, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+
+
+def _masked(scores: Array, refs: Any, unit: _Unit, n: Array, first_key: Array) -> Array:
+    """Scores of the queries that see a key."""
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (_ROWS, _CHUNK), layout=plgpu.Layout.WGMMA)
+    before = first_key - (unit.first + n) * _ROWS  # how many of the queries see none of the keys
+    masked = []
+    for at, part in zip(range(0, _ROWS, _CHUNK), _chunks(scores), strict=True):
+        seen = iota(1) - iota(0) >= before - at
+        if unit.unmasked is not None:
+            seen &= iota(0) >= _of_queries(refs["starts_slots"], n, at) - first_key
+        masked.append(jnp.where(seen, part, -jnp.inf))
+    return jnp.concatenate(masked, 1)
 
 
 def _score_gradients(refs: Any, n: Array, own: Any, p: list[Array]) -> Array:
@@ -274,8 +307,8 @@ def _score_gradients(refs: Any, n: Array, own: Any, p: list[Array]) -> Array:
     def scope(acc: Any) -> Array:
         plgpu.wgmma(acc, refs["v_slot"].at[_here(n), own], refs["gradient_slots"].at[lax.rem(n, _STAGES)].T)
         dp = _chunks(acc[...])
-        parts = enumerate(zip(p, dp, strict=True))
-        ds = [held.astype(jnp.float32) * (part - _line(refs, n, _ROWS + i * _CHUNK)) for i, (held, part) in parts]
+        lines = [_of_queries(refs["line_slots"], n, _ROWS + at) for at in range(0, _ROWS, _CHUNK)]
+        ds = [held.astype(jnp.float32) * (part - line) for held, part, line in zip(p, dp, lines, strict=True)]
         return jnp.concatenate([part.astype(jnp.bfloat16) for part in ds], 1)
 
     return pl.run_scoped(scope, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
@@ -285,7 +318,7 @@ def _chunks(x: Array) -> list[Array]:
     return [x[:, i : i + _CHUNK] for i in range(0, _ROWS, _CHUNK)]
 
 
-def _line(refs: Any, n: Array, at: int) -> Array:
+def _of_queries(slots: Any, n: Array, at: int) -> Array:
     """Numbers of a chunk of queries, for every key."""
-    line = refs["line_slots"].at[lax.rem(n, _STAGES), pl.ds(at, _CHUNK)]
+    line = slots.at[lax.rem(n, _STAGES), pl.ds(at, _CHUNK)]
     return lax.broadcast_in_dim(plgpu.load(line, layout=_COLUMN, optimized=False), (_ROWS, _CHUNK), (1,))

@@ -15,9 +15,9 @@ Rotated = tuple[Array, Array]
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def attention(q: Array, k: Array, v: Array, rotated: Rotated | None, scale: float) -> tuple[Array, Array]:
+def attention(q: Array, k: Array, v: Array, rotated: Rotated | None, starts: Array | None, scale: float) -> tuple[Array, Array]:
     """As `pallas_kernels.attention.attention`."""
-    scores = _scores(*joined(q, k, rotated), scale)
+    scores = _scores(*joined(q, k, rotated), starts, scale)
     largest = scores.max(-1, keepdims=True)
     p = jnp.exp2(scores - largest)
     total = p.sum(-1, keepdims=True)
@@ -26,11 +26,19 @@ def attention(q: Array, k: Array, v: Array, rotated: Rotated | None, scale: floa
 
 
 def attention_backward(
-    q: Array, k: Array, v: Array, rotated: Rotated | None, out: Array, gradient: Array, log_sums: Array, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    rotated: Rotated | None,
+    starts: Array | None,
+    out: Array,
+    gradient: Array,
+    log_sums: Array,
+    scale: float,
 ) -> tuple[Array, Array, Array, Rotated | None]:
     """As `pallas_kernels.attention.attention_backward`."""
     whole_q, whole_k = joined(q, k, rotated)
-    p = jnp.exp2(_scores(whole_q, whole_k, scale) - log_sums[..., None])
+    p = jnp.exp2(_scores(whole_q, whole_k, starts, scale) - log_sums[..., None])
     of_row = _product("bthv,bthv->bht", out, gradient)
     d_scores = (p * (_product("bthv,bshv->bhts", gradient, v) - of_row[..., None])).astype(q.dtype)
     dq = (_product("bhts,bshk->bthk", d_scores, whole_k) * scale).astype(q.dtype)
@@ -56,7 +64,10 @@ def widened(dq: Array, q: Array) -> Array:
     return jnp.pad(dq, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - dq.shape[-1])))
 
 
-def _scores(q: Array, k: Array, scale: float) -> Array:
+def _scores(q: Array, k: Array, starts: Array | None, scale: float) -> Array:
     """Powers of two of them are exponentials."""
     scores = _product("bthk,bshk->bhts", q, k) * (scale * math.log2(math.e))
-    return jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    if starts is not None:
+        seen &= (jnp.arange(k.shape[1]) >= starts[..., None])[:, None]
+    return jnp.where(seen, scores, -jnp.inf)

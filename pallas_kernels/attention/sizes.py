@@ -23,6 +23,7 @@ class Sizes:
     widths: tuple[int, ...]  # columns of each part of queries and keys
     v_width: int
     scale: float  # of scores, positive
+    documents: bool  # whether a query sees no key before one that `starts` names
 
     @property
     def width(self) -> int:
@@ -34,10 +35,10 @@ class Sizes:
         return self.scale * math.log2(math.e)
 
 
-def sizes_of(k: tuple[Array, ...], v: Array, scale: float) -> Sizes:
+def sizes_of(k: tuple[Array, ...], v: Array, scale: float, starts: Array | None) -> Sizes:
     """Of keys in parts and values [b, t, h, n]."""
     batch, length, heads, v_width = v.shape
-    return Sizes(batch, length, heads, tuple(part.shape[-1] for part in k), v_width, scale)
+    return Sizes(batch, length, heads, tuple(part.shape[-1] for part in k), v_width, scale, starts is not None)
 
 
 def head_and_turn(sizes: Sizes, unit: Array, blocks: int) -> tuple[Array, Array, Array]:

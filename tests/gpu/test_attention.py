@@ -42,6 +42,7 @@ class TestKernels(AttentionCases):
         "a row of training": dict(length=4096, heads=4, batch=2),
         "no multiple of a tile": dict(length=2999, heads=3),
         "narrow": dict(length=1000, width=64, v_width=64, rope=0, heads=5, batch=3),
+        "documents": dict(length=4096, heads=4, batch=2, documents=(5, 700, 701, 1024, 3000)),
         "one part": dict(length=1500, width=192, rope=0, heads=3),
     }
 

@@ -16,21 +16,23 @@ class Problem:
     """Operands and the gradient of the output: rows of different sizes, some outliers, so that some queries see one key and others all.
 
     rope: columns of the rotated part; 0: there is none. With one, queries have as many columns more, which nobody may read.
+    documents: where those of the first row begin; in other rows they begin a position later each.
     """
 
-    def __init__(self, length, width=128, v_width=128, rope=64, batch=1, heads=1, seed=0):
+    def __init__(self, length, width=128, v_width=128, rope=64, batch=1, heads=1, documents=None, seed=0):
         rng = np.random.default_rng(seed)
         self.scale, self.width = (width + rope) ** -0.5, width
         of_head = functools.partial(_rough, rng, batch, length, heads)
         self.q, self.k, self.v, self.gradient = of_head(width), of_head(width), of_head(v_width), of_head(v_width)
         self.rotated = (of_head(rope), _rough(rng, batch, length, rope)) if rope else None
         unread = jnp.full((batch, length, heads, rope), jnp.nan, jnp.bfloat16)
-        self.operands = jnp.concatenate([self.q, unread], -1), self.k, self.v, self.rotated
+        self.starts = None if documents is None else _starts(length, batch, documents)
+        self.operands = jnp.concatenate([self.q, unread], -1), self.k, self.v, self.rotated, self.starts
 
     @functools.cached_property
     def expected(self):
         """The output, log2 of the sums of exponentials, and the gradients of q, k, v and of the rotated parts."""
-        return jax.jit(_exact)((self.q, self.k, self.v, self.rotated), self.gradient, self.scale)
+        return jax.jit(_exact)((self.q, self.k, self.v, self.rotated), self.starts, self.gradient, self.scale)
 
     @property
     def of_gradients(self):
@@ -45,12 +47,20 @@ def _rough(rng, *shape):
     return jnp.asarray(np.float32(x), jnp.bfloat16)
 
 
-def _exact(operands, gradient, scale):
+def _starts(length, batch, documents):
+    rows = [[max([begin + row for begin in documents if begin + row <= t], default=0) for t in range(length)] for row in range(batch)]
+    return jnp.asarray(rows, jnp.int32)
+
+
+def _exact(operands, starts, gradient, scale):
     def attend(q, k, v, rotated):
         scores = jnp.einsum("bthk,bshk->bhts", q, k)
         if rotated:
             scores += jnp.einsum("bthk,bsk->bhts", *rotated)
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores * scale, -jnp.inf)
+        seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+        if starts is not None:
+            seen &= jnp.arange(seen.shape[0]) >= starts[:, None, :, None]
+        scores = jnp.where(seen, scores * scale, -jnp.inf)
         return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v), scores
 
     with jax.default_matmul_precision("highest"):
@@ -69,6 +79,10 @@ class AttentionCases:
         "keys end within a warpgroup, values narrower": dict(length=70, width=128, v_width=64, rope=0),
         "two blocks of keys, several heads and rows": dict(length=200, width=64, rope=64, batch=2, heads=3),
         "a block and a query": dict(length=129),
+        "documents that end within tiles, at their ends, and after one token": dict(
+            length=300, heads=2, batch=2, documents=(40, 41, 128, 191, 270)
+        ),
+        "documents of three tokens": dict(length=140, width=64, rope=0, documents=range(0, 140, 3)),
     }
 
     def run(self, problem):
@@ -99,8 +113,7 @@ class AttentionCases:
         """Bit for bit: neither in its output nor in any gradient."""
         problem, last = Problem(length=200), 100
         out, _ = self.run(problem)
-        later = jax.tree.map(lambda x: x.at[:, last + 1 :].set(7), problem.operands)
-        problem.operands = later
+        problem.operands = jax.tree.map(lambda x: x.at[:, last + 1 :].set(7), problem.operands)
         assert np.array_equal(out[:, : last + 1], self.run(problem)[0][:, : last + 1])
 
     def test_no_gradient_leaves_the_keys_that_a_query_sees(self):

@@ -28,20 +28,22 @@ class TestInterpreted(AttentionCases):
         return interpreted(lambda: attention_backward(*operands, problem.scale, impl="pallas"))
 
 
-def _operands(rows, length, heads, width, v_width, rope, dtype="bfloat16"):
-    """Shapes of q, k, v, rotated, and of the output with its sums."""
+def _operands(rows, length, heads, width, v_width, rope, dtype="bfloat16", documents=False):
+    """Shapes of what `attention` takes, and of what it returns."""
     shape = lambda *columns: jax.ShapeDtypeStruct((rows, length, *columns), dtype)  # noqa: E731
     rotated = (shape(heads, rope), shape(rope)) if rope else None
-    operands = shape(heads, width + rope), shape(heads, width), shape(heads, v_width), rotated
+    starts = jax.ShapeDtypeStruct((rows, length), jnp.int32) if documents else None
+    operands = shape(heads, width + rope), shape(heads, width), shape(heads, v_width), rotated, starts
     return operands, shape(heads, v_width), jax.ShapeDtypeStruct((rows, heads, length), jnp.float32)
 
 
 @pytest.mark.parametrize(
     "sizes", [(8, 4096, 32, 128, 128, 64), (1, 4096, 128, 128, 128, 64), (8, 4096, 32, 192, 128, 0), (2, 1001, 4, 64, 64, 0)]
 )
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
-def test_sizes_of_training_can_be_lowered(sizes, backward):
-    operands, out, log_sums = _operands(*sizes)
+def test_sizes_of_training_can_be_lowered(sizes, documents, backward):
+    operands, out, log_sums = _operands(*sizes, documents=documents)
     run = jax.jit(functools.partial(attention_backward if backward else attention, scale=0.1, impl="pallas"))
     run.trace(*operands, *((out, out, log_sums) if backward else ())).lower(lowering_platforms=("cuda",))
 

@@ -19,9 +19,9 @@ QUERY, CONTENT, ROTATED, VALUE, OUT = 48, 32, 16, 40, 24  # columns; a query's l
 FP8 = Recipe(fp8=True, impl="reference")
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _forward(q, k, v, rotated, scale):
-    return reference.attention(q, k, v, rotated, scale)
+@functools.partial(jax.jit, static_argnums=5)
+def _forward(*operands):
+    return reference.attention(*operands)
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,15 @@ def _operands(dtype="float32"):
     return tuple(jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes))
 
 
-def _layer(impl, recipe):
+IDS = jnp.arange(T)[None].repeat(B, 0) // 11
+
+
+def _layer(impl, recipe, segment_ids=None):
     """Attention and the Linear after it, of queries, keys and values that are computed again."""
 
     def layer(*operands):
         q, k, v, q_r, k_r = map(jnp.sin, operands[:-1])
-        out, prepared = attend(q, k, v, rotated=(q_r, k_r), scale=0.3, impl=impl, recipe=recipe)
+        out, prepared = attend(q, k, v, rotated=(q_r, k_r), segment_ids=segment_ids, scale=0.3, impl=impl, recipe=recipe)
         return linear(out.reshape(*out.shape[:2], -1), operands[-1], recipe, AFTER_ATTENTION, prepared)
 
     return layer
@@ -53,11 +56,11 @@ def _gradients(layer):
     return jax.grad(lambda *x: (layer(*x).astype(jnp.float32) ** 2).sum(), argnums=range(6))
 
 
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize(("remat", "segment_ids"), [("none", None), ("selective", None), ("full", None), ("selective", IDS)])
 @pytest.mark.parametrize(("recipe", "tolerance"), [(BF16, 1e-5), (FP8, 0.01)])
-def test_gradients_are_those_of_the_reference(recipe, tolerance, remat):
+def test_gradients_are_those_of_the_reference(recipe, tolerance, remat, segment_ids):
     def gradients(impl):
-        layer = rematerialised(_layer(impl, recipe), remat)
+        layer = rematerialised(_layer(impl, recipe, segment_ids), remat)
         return jax.jit(_gradients(layer))(*_operands())
 
     for got, expected in zip(gradients("pallas"), gradients("reference"), strict=True):
