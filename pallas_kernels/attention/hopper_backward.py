@@ -146,9 +146,9 @@ def _locate(sizes: Sizes, documents: list[Any]) -> _Unit:
 
 def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
     parts = len(sizes.widths)
-    q, k, (v, gradient, lines, *documents, dv) = operands[:parts], operands[parts : 2 * parts], operands[2 * parts :]
-    *documents, dq = documents[:-parts]
-    refs = dict(q=q, k=k, v=v, gradient=gradient, lines=lines, starts=documents[:1], dq=dq, dk=operands[-1 - parts : -1], dv=dv, **scratch)
+    inputs, (*dk, dv) = operands[: -parts - 1], operands[-parts - 1 :]
+    q, k, (v, gradient, lines, *documents, dq) = inputs[:parts], inputs[parts : 2 * parts], inputs[2 * parts :]
+    refs = dict(q=q, k=k, v=v, gradient=gradient, lines=lines, starts=documents[:1], dq=dq, dk=dk, dv=dv, **scratch)
     unit = _locate(sizes, documents)
     warpgroup = lax.axis_index("warpgroup")
     of_keys, of_server = _REGISTERS
