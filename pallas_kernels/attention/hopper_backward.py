@@ -55,7 +55,9 @@ def gradients(
     sizes = sizes_of(k, v, scale, starts)
     of_documents = [] if starts is None else _documents(sizes, starts)
     of_head = (sizes.batch, sizes.length, sizes.heads)
-    dq = jax.new_ref(jnp.zeros((*of_head, sizes.width), jnp.float32))
+    # Depends on an operand: else XLA makes one buffer of zeros for several layers, keeps it, and copies it for each.
+    zero, _ = lax.optimization_barrier((jnp.float32(0), lines))
+    dq = jax.new_ref(jnp.broadcast_to(zero, (*of_head, sizes.width)))
     *dk, dv = plgpu.kernel(
         functools.partial(_body, sizes),
         out_type=tuple(jax.ShapeDtypeStruct((*of_head, width), v.dtype) for width in (*sizes.widths, sizes.v_width)),
