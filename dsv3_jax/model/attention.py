@@ -18,19 +18,22 @@ from dsv3_jax.precision.linear import Prepared, prepare, restored
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
 from pallas_kernels.attention import Rotated, attention, attention_backward, unsupported
 from pallas_kernels.attention.reference import joined
-from pallas_kernels.backend import is_hopper
+from pallas_kernels.backend import is_hopper, platform
 
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def resolve_implementation(impl: str, backend: str, dtype: str, reason: str | None = None) -> str:
-    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once. reason: why the kernels cannot run."""
+def resolve_implementation(impl: str, backend: str, dtype: str, hopper: bool = False, reason: str | None = None) -> str:
+    """Turns `auto` into the implementation for this backend and dtype, and logs the choice once.
+
+    hopper: whether it is a Hopper GPU; reason: why its kernels cannot take the operands.
+    """
     if impl != "auto":
         return impl
     choice = "reference"
     if backend == "gpu" and dtype in ("bfloat16", "float16"):
-        choice = "pallas" if is_hopper() and reason is None else "cudnn"
+        choice = "pallas" if hopper and reason is None else "cudnn"
     because = f"; {reason}" if reason and choice == "cudnn" else ""
     _log.info("attention: impl=auto picked %s (backend %s, %s%s)", choice, backend, dtype, because)
     return choice
@@ -63,7 +66,7 @@ def attend(
     two cannot do: in `cudnn` a document mask, in `pallas` widths that its kernels do not take.
     """
     reason = unsupported(q, k, v, rotated)
-    chosen = resolve_implementation(impl, jax.default_backend(), q.dtype.name, reason)
+    chosen = resolve_implementation(impl, platform(), q.dtype.name, is_hopper(), reason)
     if chosen == "pallas":
         if reason:
             raise NotImplementedError(f"precision.impl='pallas': {reason}; use precision.impl='auto' or 'reference'")

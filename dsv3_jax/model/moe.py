@@ -21,7 +21,7 @@ from dsv3_jax.precision.linear import routed_ffn
 from dsv3_jax.precision.policy import BF16, Recipe
 from dsv3_jax.precision.quantize import BLOCK
 from dsv3_jax.precision.rows import Rows
-from pallas_kernels.backend import is_hopper
+from pallas_kernels.backend import is_hopper, platform
 
 
 class BlockPlan(NamedTuple):
@@ -166,7 +166,7 @@ class Experts(nn.Module):
         normal = nn.initializers.normal(c.initializer_range)
         gate_up = self.param("gate_up_proj", normal, (here, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
         down = self.param("down_proj", normal, (here, c.moe_intermediate_size, c.hidden_size), jnp.float32)
-        rows = block_rows(routing.experts.size, here, jax.default_backend())
+        rows = block_rows(routing.experts.size, here, platform())
         if self.recipe.fp8:
             rows = max(rows, BLOCK)  # a tile of Wgrad lies within a block
         return expert_ffn(x, routing, gate_up, down, rows, self.recipe, self.placement)

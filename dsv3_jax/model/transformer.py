@@ -25,6 +25,7 @@ from dsv3_jax.model.mla import MLA, LayerStore
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.parallel.expert import ALONE, Placement
 from dsv3_jax.precision.policy import BF16, Recipe
+from pallas_kernels.backend import platform
 
 Params = dict[str, Any]  # nested; leaves are arrays
 
@@ -175,7 +176,7 @@ def in_halves(layer: Callable[..., tuple[Any, LayerReports]], overlap: bool) -> 
 
 def unrolled(layers: int) -> bool:
     """Whether a stack of so many layers is written out instead of a loop."""
-    return layers <= UNROLLED_LAYERS and jax.default_backend() == "cpu"
+    return layers <= UNROLLED_LAYERS and platform() == "cpu"
 
 
 def layer_gatherer(execution: Execution, section: str) -> Callable[[Params], Params]:

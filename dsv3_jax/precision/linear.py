@@ -30,7 +30,7 @@ from dsv3_jax.precision.matmul import quantized_matmul
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
 from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize, quantize, retile
 from dsv3_jax.precision.rows import Rows, combine, dispatch
-from pallas_kernels.backend import use_pallas
+from pallas_kernels.backend import platform, use_pallas
 
 _log = logging.getLogger(__name__)
 
@@ -340,7 +340,7 @@ def _sum_over_blocks(by_block: Array, kernel: Array, block_expert: BlockExpert) 
     if block_expert is None:
         return by_block.astype(kernel.dtype)
     experts = kernel.shape[0]
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return jax.ops.segment_sum(by_block, block_expert, experts, indices_are_sorted=True).astype(kernel.dtype)
     one_hot = jax.nn.one_hot(block_expert, experts, dtype=jnp.float32)
     return jnp.einsum("be,bkn->ekn", one_hot, by_block, precision=jax.lax.Precision.HIGHEST).astype(kernel.dtype)

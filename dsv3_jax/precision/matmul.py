@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.precision.formats import exponent, power_of_two
 from dsv3_jax.precision.quantize import BLOCK, Quantized, scales_along
+from pallas_kernels.backend import platform
 
 _MMA_K = 32  # elements along k that one FP8 instruction of Hopper adds at once
 
@@ -36,7 +37,7 @@ def quantized_matmul(a: Quantized, b: Quantized) -> Float[Array, "*b m n"]:
 
 def _dot(a: Array, b: Array) -> Array:
     """Sum in float32 of exact products: FP8 numbers are bfloat16 numbers, which GPUs multiply fast."""
-    kind = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    kind = jnp.float32 if platform() == "cpu" else jnp.bfloat16
     return jnp.matmul(a.astype(kind), b.astype(kind), preferred_element_type=jnp.float32)
 
 

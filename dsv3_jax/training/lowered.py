@@ -16,6 +16,7 @@ from dsv3_jax.training.checkpoint import abstract_like
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.state import create_state
 from dsv3_jax.training.step import Rates, jit_train_step, make_train_step
+from pallas_kernels.backend import compiling_for
 
 
 def batch_arguments(config: Config, mesh: Mesh) -> tuple[Any, ...]:
@@ -32,6 +33,6 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     shapes = jax.eval_shape(functools.partial(create_state, config, optimizer))
     shardings = state_shardings(shapes, mesh)
     step = make_train_step(config, Execution.of(config, 0), optimizer, mesh)
-    return jit_train_step(step, config, (shardings, replicated(mesh))).lower(
-        abstract_like(shapes, shardings), *batch_arguments(config, mesh)
-    )
+    jitted = jit_train_step(step, config, (shardings, replicated(mesh)))
+    with compiling_for(mesh.devices.flat[0]):
+        return jitted.lower(abstract_like(shapes, shardings), *batch_arguments(config, mesh))

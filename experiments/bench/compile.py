@@ -9,8 +9,8 @@
 Prints the time that lowering and compiling take, the memory of a device by XLA's own analysis beside what
 experiments.describe estimates, and the bytes that a device sends for one micro-batch. A CPU is compiled for as if it were
 so many devices; its expensive passes are off, and so is the one that widens bf16, because nothing is run. With --target,
-the description of a GPU (XLA's GpuTargetConfigProto as text), it is compiled for GPUs, and collectives that run beside
-computation are counted; that needs the `gpu` extra and no GPU.
+the description of a GPU (XLA's GpuTargetConfigProto as text), it is compiled for GPUs, with the kernels that they would run, and
+collectives that run beside computation are counted; that needs the `gpu` extra and no GPU.
 """
 
 import time

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.backend import platform
+
 GROUP = 128
 
 
@@ -25,11 +27,12 @@ def scaled_product(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: ja
     n = b.shape[0]
     total = jnp.zeros((m, n), jnp.float32)
     for step, start in enumerate(range(0, k, GROUP)):
-        left, right = (x[:, start : start + GROUP].astype(EXACT) for x in (a, b))
+        left, right = (x[:, start : start + GROUP].astype(exact()) for x in (a, b))
         partial = jnp.matmul(left, right.T, preferred_element_type=jnp.float32)
         total = total + partial * a_scales[step, :m, None] * b_scales[step, :n]
     return total
 
 
-# FP8 numbers are bfloat16 numbers; a CPU multiplies float32 faster.
-EXACT = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+def exact() -> jnp.dtype:
+    """What FP8 numbers are multiplied as: they are bfloat16 numbers too, and a CPU multiplies float32 faster."""
+    return jnp.dtype(jnp.bfloat16 if platform() == "gpu" else jnp.float32)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gemm.reference import EXACT, gemm, scaled_product
+from pallas_kernels.gemm.reference import exact, gemm, scaled_product
 
 TILE = 128
 
@@ -51,7 +51,7 @@ def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, con
 
     def tile(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         values, expert = args
-        product = jnp.matmul(values.astype(EXACT), weights[expert].astype(EXACT), preferred_element_type=jnp.float32)
+        product = jnp.matmul(values.astype(exact()), weights[expert].astype(exact()), preferred_element_type=jnp.float32)
         return jnp.where(expert < b.shape[0], product, 0).astype(a.dtype)
 
     return jax.lax.map(tile, (a.reshape(-1, TILE, a.shape[1]), expert_of_tile)).reshape(a.shape[0], weights.shape[2])
@@ -63,7 +63,7 @@ def grouped_wgrad_bf16(x: jax.Array, dy: jax.Array, first_tile: jax.Array) -> ja
 
     def expert(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
         mine = (token >= bounds[0] * TILE) & (token < bounds[1] * TILE)
-        left, right = (jnp.where(mine, operand, 0).astype(EXACT) for operand in (x, dy))
+        left, right = (jnp.where(mine, operand, 0).astype(exact()) for operand in (x, dy))
         return jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
 
     return jax.lax.map(expert, (first_tile[:-1], first_tile[1:]))

@@ -62,7 +62,7 @@ def assert_same(kernel, reference):
 def test_what_the_kernel_cannot_read_is_refused_or_logged(monkeypatch, caplog):
     with pytest.raises(NotImplementedError, match=r"c_kv: dtype float8_e4m3fn.*impl='auto'"):
         decode("pallas", 1, fp8=True)
-    monkeypatch.setattr(backend, "_auto", lambda: True)
+    monkeypatch.setattr(backend, "_auto", lambda *device: True)
     with caplog.at_level(logging.INFO):
         out, _ = decode("auto", 1, dtype="float32")
     assert "reads pages by the reference: c_kv: dtype float32" in caplog.text
