@@ -19,18 +19,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.sizes import PIECE, Sizes, head_and_turn, sizes_of, window
+from pallas_kernels.attention.blocks import BLOCK, ROWS, Sizes, divide, head_and_turn, launch, sizes_of, window
 from pallas_kernels.memory import tiled
 
 Array = jax.Array
 
-_ROWS = 64  # queries of a warpgroup
-_QUERIES = 2 * _ROWS  # of a block
-_KEYS = _QUERIES  # of a step, so that the first step alone has keys that some queries do not see
+_KEYS = BLOCK  # of a step: as many as queries, so that the first step alone has keys that some of them do not see
+_PIECE = 64  # columns of a query
 _STAGES = 2
-_LOADER = 2  # warpgroup
 _ROW = plgpu.Layout.WGMMA.reduce(1)
-_REGISTERS = (240, 24)  # a thread of queries, of the loader: 504 with both of queries, all that three warpgroups start with
+_REGISTERS = (240, 24)  # a thread of queries, of the loader
 
 
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
@@ -44,34 +42,22 @@ def attention(
     multiple of eight. starts [b, t] in int32: the first key that a query sees, never falling along a row; None: all see the first.
     """
     sizes = sizes_of(k, v, scale, starts)
-    blocks = pl.cdiv(sizes.length, _QUERIES)
-    of_documents = [] if starts is None else [jnp.pad(starts, ((0, 0), (0, blocks * _QUERIES - starts.shape[1])), mode="edge")]
-    sums = jax.ShapeDtypeStruct((sizes.batch, sizes.heads, blocks * _QUERIES), jnp.float32)
-    return plgpu.kernel(
-        functools.partial(_body, sizes),
-        out_type=(jax.ShapeDtypeStruct(v.shape, v.dtype), sums),
-        scratch_types=_scratch(sizes),
-        grid=(sizes.batch * sizes.heads * blocks,),
-        grid_names=("unit",),
-        num_threads=3,
-        thread_name="warpgroup",
-        # Stores to shared memory are fenced by hand.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0),
-        interpret=interpret,
-        kernel_name="attention",
-    )(*q, *k, v, *of_documents)
+    of_documents = [] if starts is None else [jnp.pad(starts, ((0, 0), (0, -starts.shape[1] % BLOCK)), mode="edge")]
+    sums = jax.ShapeDtypeStruct((sizes.batch, sizes.heads, sizes.blocks * BLOCK), jnp.float32)
+    out = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    return launch("attention", sizes, _body, (out, sums), _scratch(sizes), interpret)(*q, *k, v, *of_documents)
 
 
 def _scratch(sizes: Sizes) -> dict[str, Any]:
     slots: dict[str, Any] = dict(num_barriers=_STAGES)
     return dict(
         # The output leaves by the same slots.
-        q_slots=[tiled(_QUERIES, PIECE) for _ in range(0, max(sizes.width, sizes.v_width), PIECE)],
+        q_slots=[tiled(BLOCK, _PIECE) for _ in range(0, max(sizes.width, sizes.v_width), _PIECE)],
         k_slots=[tiled(_STAGES, _KEYS, width) for width in sizes.widths],
         v_slots=tiled(_STAGES, _KEYS, sizes.v_width),
-        sums_slot=plgpu.SMEM((_QUERIES,), jnp.float32),
-        starts_slot=plgpu.SMEM((_QUERIES,), jnp.int32),
-        asked=plgpu.Barrier(num_arrivals=sizes.width // PIECE + sizes.documents),
+        sums_slot=plgpu.SMEM((BLOCK,), jnp.float32),
+        starts_slot=plgpu.SMEM((BLOCK,), jnp.int32),
+        asked=plgpu.Barrier(num_arrivals=sizes.width // _PIECE + sizes.documents),
         k_filled=plgpu.Barrier(num_arrivals=len(sizes.widths), **slots),
         v_filled=plgpu.Barrier(**slots),
         k_freed=plgpu.Barrier(num_arrivals=2, **slots),
@@ -92,19 +78,19 @@ class _Unit:
 
     @property
     def queries(self) -> Any:
-        return pl.ds(self.block * _QUERIES, _QUERIES)
+        return pl.ds(self.block * BLOCK, BLOCK)
 
     def first_key(self, n: Array) -> Array:
         return (self.block - n) * _KEYS
 
 
-def _locate(sizes: Sizes, starts: Any) -> _Unit:
-    blocks = pl.cdiv(sizes.length, _QUERIES)
-    row, head, turn = head_and_turn(sizes, lax.axis_index("unit"), blocks)
-    block = blocks - 1 - turn
-    if not sizes.documents:
+def _locate(sizes: Sizes, documents: list[Any]) -> _Unit:
+    row, head, turn = head_and_turn(sizes)
+    block = sizes.blocks - 1 - turn
+    if not documents:
         return _Unit(row, head, block, block + 1, None)
-    first, last = (starts[row, block * _QUERIES + query] for query in (0, _QUERIES - 1))
+    (starts,) = documents
+    first, last = (starts[row, block * BLOCK + query] for query in (0, BLOCK - 1))
     return _Unit(row, head, block, block + 1 - lax.div(first, _KEYS), last)
 
 
@@ -112,23 +98,13 @@ def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
     parts = len(sizes.widths)
     q, k, (v, *starts, out, sums) = operands[:parts], operands[parts : 2 * parts], operands[2 * parts :]
     refs = dict(q=q, k=k, v=v, starts=starts, out=out, sums=sums, **scratch)
-    unit, warpgroup = _locate(sizes, *starts or [None]), lax.axis_index("warpgroup")
-    of_queries, of_loader = _REGISTERS
-
-    @pl.when(warpgroup == _LOADER)
-    def _loader() -> None:
-        plgpu.set_max_registers(of_loader, action="decrease")
-        _load(sizes, refs, unit)
-
-    @pl.when(warpgroup != _LOADER)
-    def _queries() -> None:
-        plgpu.set_max_registers(of_queries, action="increase")
-        _attend(sizes, refs, unit, warpgroup)
+    common = sizes, refs, _locate(sizes, starts)
+    divide(_REGISTERS, functools.partial(_attend, *common), functools.partial(_load, *common))
 
 
 def _pieces(sizes: Sizes) -> list[tuple[int, Any]]:
     """Part and columns of each piece of a query."""
-    return [(part, pl.ds(first, PIECE)) for part, width in enumerate(sizes.widths) for first in range(0, width, PIECE)]
+    return [(part, pl.ds(first, _PIECE)) for part, width in enumerate(sizes.widths) for first in range(0, width, _PIECE)]
 
 
 def _load(sizes: Sizes, refs: Any, unit: _Unit) -> None:
@@ -167,7 +143,7 @@ def _attend(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
         plgpu.wgmma(out, p, refs["v_slots"].at[last])
         return out[...], largest, total
 
-    out, largest, total = pl.run_scoped(scope, plgpu.ACC((_ROWS, sizes.v_width), jnp.float32))
+    out, largest, total = pl.run_scoped(scope, plgpu.ACC((ROWS, sizes.v_width), jnp.float32))
     _store(refs, unit, warpgroup, own, (out * _spread(1.0 / total, out)).astype(jnp.bfloat16), largest + jnp.log2(total))
     pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs["turns"].at[0]))  # that the other gave when it was done
     plgpu.wait_smem_to_gmem(0)
@@ -184,7 +160,7 @@ def _first_step(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array, starts: 
     scores = pl.run_scoped(scope, _accumulator())
     plgpu.barrier_arrive(refs["k_freed"].at[0])
     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, scores.shape, layout=plgpu.Layout.WGMMA)
-    scores = jnp.where(iota(0) - iota(1) >= -warpgroup * _ROWS, scores, -jnp.inf)
+    scores = jnp.where(iota(0) - iota(1) >= -warpgroup * ROWS, scores, -jnp.inf)
     if starts is not None:
         scores = _masked(scores, starts - unit.first_key(jnp.int32(0)))
     largest = scores.max(1) * sizes.exponent
@@ -224,7 +200,7 @@ def _step(
 
 
 def _accumulator() -> Any:
-    return plgpu.ACC((_ROWS, _KEYS), jnp.float32)
+    return plgpu.ACC((ROWS, _KEYS), jnp.float32)
 
 
 def _score(sizes: Sizes, refs: Any, warpgroup: Array, slot: Array | int, acc: Any) -> None:
@@ -241,7 +217,7 @@ def _masked(scores: Array, firsts: Array) -> Array:
 
 def _own(warpgroup: Array) -> Any:
     """The rows of a warpgroup."""
-    return pl.ds(warpgroup * _ROWS, _ROWS)
+    return pl.ds(warpgroup * ROWS, ROWS)
 
 
 def _spread(rows: Array, like: Array) -> Array:
@@ -249,10 +225,10 @@ def _spread(rows: Array, like: Array) -> Array:
 
 
 def _store(refs: Any, unit: _Unit, warpgroup: Array, own: Any, out: Array, log_sums: Array) -> None:
-    queries = pl.ds(unit.block * _QUERIES + warpgroup * _ROWS, _ROWS)
-    pieces = [pl.ds(first, PIECE) for first in range(0, out.shape[1], PIECE)]
+    queries = pl.ds(unit.block * BLOCK + warpgroup * ROWS, ROWS)
+    pieces = [pl.ds(first, _PIECE) for first in range(0, out.shape[1], _PIECE)]
     for slot, columns in zip(refs["q_slots"], pieces, strict=False):
-        slot[own] = out[:, columns.start : columns.start + PIECE]
+        slot[own] = out[:, columns.start : columns.start + _PIECE]
     refs["sums_slot"][own] = log_sums
     plgpu.commit_smem()
     for slot, columns in zip(refs["q_slots"], pieces, strict=False):

@@ -21,18 +21,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention.sizes import Sizes, head_and_turn, sizes_of, window
+from pallas_kernels.attention.blocks import BLOCK, ROWS, Sizes, divide, head_and_turn, launch, sizes_of, window
 from pallas_kernels.memory import tiled
 
 Array = jax.Array
 
-_ROWS = 64  # queries of a step, and keys of a warpgroup
-_KEYS = 2 * _ROWS  # of a block
 _STAGES = 2
 _PASS = 32  # columns of dQ at a time
 _CHUNK = 16  # queries whose lines a thread holds at a time
-_SERVER = 2  # warpgroup
-_REGISTERS = (224, 56)  # a thread of keys, of the server: 504 with both of keys, all that three warpgroups start with
+_REGISTERS = (224, 56)  # a thread of keys, of the server
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -58,19 +55,9 @@ def gradients(
     # Depends on an operand: else XLA makes one buffer of zeros for several layers, keeps it, and copies it for each.
     zero, _ = lax.optimization_barrier((jnp.float32(0), lines))
     dq = jax.new_ref(jnp.broadcast_to(zero, (*of_head, sizes.width)))
-    *dk, dv = plgpu.kernel(
-        functools.partial(_body, sizes),
-        out_type=tuple(jax.ShapeDtypeStruct((*of_head, width), v.dtype) for width in (*sizes.widths, sizes.v_width)),
-        scratch_types=_scratch(sizes),
-        grid=(sizes.batch * sizes.heads * _blocks(sizes),),
-        grid_names=("unit",),
-        num_threads=3,
-        thread_name="warpgroup",
-        # Stores to shared memory are fenced by hand.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True, reduction_scratch_bytes=0),
-        interpret=interpret,
-        kernel_name="attention_backward",
-    )(*q, *k, v, gradient, lines, *of_documents, dq)
+    out_type = tuple(jax.ShapeDtypeStruct((*of_head, width), v.dtype) for width in (*sizes.widths, sizes.v_width))
+    kernel = launch("attention_backward", sizes, _body, out_type, _scratch(sizes), interpret)
+    *dk, dv = kernel(*q, *k, v, gradient, lines, *of_documents, dq)
     return jax.freeze(dq), tuple(dk), dv
 
 
@@ -80,21 +67,17 @@ def lines(log_sums: Array, out: Array, gradient: Array) -> Array:
     of_rows = lax.optimization_barrier(of_rows)  # XLA would compute it for each half of a line, and slowly
 
     def tiles(x: Array, rest: float) -> Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % _ROWS)), constant_values=rest).reshape(*x.shape[:2], -1, _ROWS)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % ROWS)), constant_values=rest).reshape(*x.shape[:2], -1, ROWS)
 
     return jnp.concatenate([tiles(log_sums, jnp.inf), tiles(of_rows, 0.0)], -1)  # queries that do not exist have P = 0
 
 
 def _documents(sizes: Sizes, starts: Array) -> list[Array]:
     """`starts` of whole tiles, and of each block of keys how many queries begin no later than its first key, and than its last."""
-    first = jnp.arange(_blocks(sizes)) * _KEYS
+    first = jnp.arange(sizes.blocks) * BLOCK
     # Starts never fall, so these are the first queries.
-    until = [jnp.sum(starts[:, None] <= key[:, None], axis=-1, dtype=jnp.int32) for key in (first, first + _KEYS - 1)]
-    return [jnp.pad(starts, ((0, 0), (0, -starts.shape[1] % _ROWS)), mode="edge"), *until]
-
-
-def _blocks(sizes: Sizes) -> int:
-    return pl.cdiv(sizes.length, _KEYS)
+    until = [jnp.sum(starts[:, None] <= key[:, None], axis=-1, dtype=jnp.int32) for key in (first, first + BLOCK - 1)]
+    return [jnp.pad(starts, ((0, 0), (0, -starts.shape[1] % ROWS)), mode="edge"), *until]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,40 +93,40 @@ class _Unit:
 
     @property
     def keys(self) -> Any:
-        return pl.ds(self.block * _KEYS, _KEYS)
+        return pl.ds(self.block * BLOCK, BLOCK)
 
     def queries(self, n: Array) -> Any:
-        return pl.ds((self.first + n) * _ROWS, _ROWS)
+        return pl.ds((self.first + n) * ROWS, ROWS)
 
 
 def _scratch(sizes: Sizes) -> dict[str, Any]:
     # dQ is computed in passes of 32 columns of K. Operands of one wgmma have the same swizzle: so have Q and dS.
     narrow = functools.partial(tiled, swizzle=_PASS * 2)
     return dict(
-        k_slots=[narrow(1, _KEYS, width) for width in sizes.widths],
-        v_slot=tiled(1, _KEYS, sizes.v_width),
-        q_slots=[narrow(_STAGES, _ROWS, width) for width in sizes.widths],
-        gradient_slots=tiled(_STAGES, _ROWS, sizes.v_width),
-        line_slots=plgpu.SMEM((_STAGES, 2 * _ROWS), jnp.float32),
-        p_slot=tiled(1, _KEYS, _ROWS),
-        ds_slot=narrow(1, _KEYS, _ROWS),
-        dq_slot=tiled(_ROWS, sizes.width // 2, dtype=jnp.float32),
+        k_slots=[narrow(1, BLOCK, width) for width in sizes.widths],
+        v_slot=tiled(1, BLOCK, sizes.v_width),
+        q_slots=[narrow(_STAGES, ROWS, width) for width in sizes.widths],
+        gradient_slots=tiled(_STAGES, ROWS, sizes.v_width),
+        line_slots=plgpu.SMEM((_STAGES, 2 * ROWS), jnp.float32),
+        p_slot=tiled(1, BLOCK, ROWS),
+        ds_slot=narrow(1, BLOCK, ROWS),
+        dq_slot=tiled(ROWS, sizes.width // 2, dtype=jnp.float32),
         asked=plgpu.Barrier(num_arrivals=1 + len(sizes.widths)),
         filled=plgpu.Barrier(num_arrivals=2 + len(sizes.widths) + sizes.documents, num_barriers=_STAGES),
         freed=plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
-        starts_slots=plgpu.SMEM((_STAGES, _ROWS), jnp.int32),
+        starts_slots=plgpu.SMEM((_STAGES, ROWS), jnp.int32),
         ready=plgpu.Barrier(num_arrivals=2),  # dS
         taken=plgpu.Barrier(),
     )
 
 
 def _locate(sizes: Sizes, documents: list[Any]) -> _Unit:
-    row, head, block = head_and_turn(sizes, lax.axis_index("unit"), _blocks(sizes))
-    first = block * (_KEYS // _ROWS)
+    row, head, block = head_and_turn(sizes)
+    first = block * (BLOCK // ROWS)
     if not documents:
-        return _Unit(row, head, block, first, pl.cdiv(sizes.length, _ROWS) - first, None)
+        return _Unit(row, head, block, first, pl.cdiv(sizes.length, ROWS) - first, None)
     _, all_seen, last_seen = documents
-    return _Unit(row, head, block, first, pl.cdiv(last_seen[row, block], _ROWS) - first, all_seen[row, block])
+    return _Unit(row, head, block, first, pl.cdiv(last_seen[row, block], ROWS) - first, all_seen[row, block])
 
 
 def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
@@ -151,19 +134,8 @@ def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
     inputs, (*dk, dv) = operands[: -parts - 1], operands[-parts - 1 :]
     q, k, (v, gradient, lines, *documents, dq) = inputs[:parts], inputs[parts : 2 * parts], inputs[2 * parts :]
     refs = dict(q=q, k=k, v=v, gradient=gradient, lines=lines, starts=documents[:1], dq=dq, dk=dk, dv=dv, **scratch)
-    unit = _locate(sizes, documents)
-    warpgroup = lax.axis_index("warpgroup")
-    of_keys, of_server = _REGISTERS
-
-    @pl.when(warpgroup == _SERVER)
-    def _server() -> None:
-        plgpu.set_max_registers(of_server, action="decrease")
-        _serve(sizes, refs, unit)
-
-    @pl.when(warpgroup != _SERVER)
-    def _keys() -> None:
-        plgpu.set_max_registers(of_keys, action="increase")
-        _sum_keys(sizes, refs, unit, warpgroup)
+    common = sizes, refs, _locate(sizes, documents)
+    divide(_REGISTERS, functools.partial(_sum_keys, *common), functools.partial(_serve, *common))
 
 
 def _here(n: Array) -> Array:
@@ -216,7 +188,7 @@ def _add_half(sizes: Sizes, refs: Any, unit: _Unit, n: Array, half: int) -> None
             plgpu.wgmma(acc, refs["ds_slot"].at[_here(n)].T, refs["k_slots"][part].at[_here(n), :, pl.ds(first, _PASS)])
             return acc[...]
 
-        dq = pl.run_scoped(product, plgpu.ACC((_ROWS, _PASS), jnp.float32))
+        dq = pl.run_scoped(product, plgpu.ACC((ROWS, _PASS), jnp.float32))
         if at == 0:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if half and at + _PASS == columns:
@@ -232,8 +204,8 @@ def _add_half(sizes: Sizes, refs: Any, unit: _Unit, n: Array, half: int) -> None
 
 def _sum_keys(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
     """dK and dV of 64 keys."""
-    own = pl.ds(warpgroup * _ROWS, _ROWS)
-    first_key = unit.block * _KEYS + warpgroup * _ROWS
+    own = pl.ds(warpgroup * ROWS, ROWS)
+    first_key = unit.block * BLOCK + warpgroup * ROWS
     plgpu.barrier_wait(refs["asked"])
 
     def scope(*sums: Any) -> tuple[Array, ...]:
@@ -261,7 +233,7 @@ def _sum_keys(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
         lax.fori_loop(0, unit.steps, step, None)
         return tuple(part[...] for part in sums)
 
-    accumulators = (plgpu.ACC((_ROWS, columns), jnp.float32) for columns in (*sizes.widths, sizes.v_width))
+    accumulators = (plgpu.ACC((ROWS, columns), jnp.float32) for columns in (*sizes.widths, sizes.v_width))
     *dk, dv = pl.run_scoped(scope, *accumulators)
     refs["v_slot"][0, own] = dv.astype(jnp.bfloat16)
     plgpu.barrier_wait(refs["taken"])  # the last dQ reads all keys
@@ -269,7 +241,7 @@ def _sum_keys(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
         slot[0, own] = (part * sizes.scale).astype(jnp.bfloat16)
     plgpu.commit_smem()
     for slot, out in zip([*refs["k_slots"], refs["v_slot"]], [*refs["dk"], refs["dv"]], strict=True):
-        plgpu.copy_smem_to_gmem(slot.at[0, own], out.at[unit.row, pl.ds(first_key, _ROWS), unit.head])
+        plgpu.copy_smem_to_gmem(slot.at[0, own], out.at[unit.row, pl.ds(first_key, ROWS), unit.head])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -280,22 +252,22 @@ def _probabilities(sizes: Sizes, refs: Any, unit: _Unit, n: Array, own: Any, fir
         for k, q in zip(refs["k_slots"], refs["q_slots"], strict=True):
             plgpu.wgmma(acc, k.at[_here(n), own], q.at[lax.rem(n, _STAGES)].T)
         scores = acc[...]
-        partly_seen = n < _KEYS // _ROWS
+        partly_seen = n < BLOCK // ROWS
         if unit.unmasked is not None:
-            partly_seen |= (unit.first + n + 1) * _ROWS > unit.unmasked
+            partly_seen |= (unit.first + n + 1) * ROWS > unit.unmasked
         scores = lax.cond(partly_seen, lambda: _masked(scores, refs, unit, n, first_key), lambda: scores)
-        lines = [_of_queries(refs["line_slots"], n, at) for at in range(0, _ROWS, _CHUNK)]
+        lines = [_of_queries(refs["line_slots"], n, at) for at in range(0, ROWS, _CHUNK)]
         return [jnp.exp2(part * sizes.exponent - line) for part, line in zip(_chunks(scores), lines, strict=True)]
 
-    return pl.run_scoped(scope, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+    return pl.run_scoped(scope, plgpu.ACC((ROWS, ROWS), jnp.float32))
 
 
 def _masked(scores: Array, refs: Any, unit: _Unit, n: Array, first_key: Array) -> Array:
     """Scores of the queries that see a key."""
-    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (_ROWS, _CHUNK), layout=plgpu.Layout.WGMMA)
-    before = first_key - (unit.first + n) * _ROWS  # how many of the queries see none of the keys
+    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (ROWS, _CHUNK), layout=plgpu.Layout.WGMMA)
+    before = first_key - (unit.first + n) * ROWS  # how many of the queries see none of the keys
     masked = []
-    for at, part in zip(range(0, _ROWS, _CHUNK), _chunks(scores), strict=True):
+    for at, part in zip(range(0, ROWS, _CHUNK), _chunks(scores), strict=True):
         seen = iota(1) - iota(0) >= before - at
         if unit.unmasked is not None:
             seen &= iota(0) >= _of_queries(refs["starts_slots"], n, at) - first_key
@@ -309,18 +281,18 @@ def _score_gradients(refs: Any, n: Array, own: Any, p: list[Array]) -> Array:
     def scope(acc: Any) -> Array:
         plgpu.wgmma(acc, refs["v_slot"].at[_here(n), own], refs["gradient_slots"].at[lax.rem(n, _STAGES)].T)
         dp = _chunks(acc[...])
-        lines = [_of_queries(refs["line_slots"], n, _ROWS + at) for at in range(0, _ROWS, _CHUNK)]
+        lines = [_of_queries(refs["line_slots"], n, ROWS + at) for at in range(0, ROWS, _CHUNK)]
         ds = [held.astype(jnp.float32) * (part - line) for held, part, line in zip(p, dp, lines, strict=True)]
         return jnp.concatenate([part.astype(jnp.bfloat16) for part in ds], 1)
 
-    return pl.run_scoped(scope, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+    return pl.run_scoped(scope, plgpu.ACC((ROWS, ROWS), jnp.float32))
 
 
 def _chunks(x: Array) -> list[Array]:
-    return [x[:, i : i + _CHUNK] for i in range(0, _ROWS, _CHUNK)]
+    return [x[:, i : i + _CHUNK] for i in range(0, ROWS, _CHUNK)]
 
 
 def _of_queries(slots: Any, n: Array, at: int) -> Array:
     """Numbers of a chunk of queries, for every key."""
     line = slots.at[lax.rem(n, _STAGES), pl.ds(at, _CHUNK)]
-    return lax.broadcast_in_dim(plgpu.load(line, layout=_COLUMN, optimized=False), (_ROWS, _CHUNK), (1,))
+    return lax.broadcast_in_dim(plgpu.load(line, layout=_COLUMN, optimized=False), (ROWS, _CHUNK), (1,))

@@ -53,8 +53,8 @@ def _layer(impl, recipe, segment_ids=None, in_parts=True):
     return layer
 
 
-def _gradients(layer):
-    return jax.grad(lambda *x: (layer(*x).astype(jnp.float32) ** 2).sum(), argnums=range(6))
+def _gradients(layer, of=range(6)):
+    return jax.grad(lambda *x: (layer(*x).astype(jnp.float32) ** 2).sum(), argnums=of)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def _gradients(layer):
 def test_gradients_are_those_of_the_reference(recipe, tolerance, segment_ids, in_parts, remat):
     def gradients(impl):
         layer = rematerialised(_layer(impl, recipe, segment_ids, in_parts), remat)
-        return jax.jit(_gradients(layer))(*_operands())
+        return jax.jit(_gradients(layer, range(6) if in_parts else (0, 1, 2, 5)))(*_operands())
 
     for got, expected in zip(gradients("pallas"), gradients("reference"), strict=True):
-        assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+        assert np.linalg.norm(got - expected) < tolerance * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize(("remat", "times"), [("none", 1), ("selective", 1), ("full", 2)])
