@@ -5,6 +5,7 @@ usual. The decode form never expands them: `W_UK` is absorbed into the query and
 softmax, so that attention runs over the cache itself, `kv_lora_rank + qk_rope_head_dim` numbers a token.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,6 +69,21 @@ class Queries(NamedTuple):
     @property
     def content(self) -> Float[Array, "b t h n"]:
         return self.projected[..., : self.projected.shape[-1] - self.rotated.shape[-1]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _in_parts(projected: Array, positions: Array, config: ModelConfig) -> Queries:
+    """Queries of a projection. Their gradient is both parts side by side, where autodiff adds them up, each filled with zeros."""
+    return Queries(projected, rope(projected[..., config.qk_nope_head_dim :], positions, config))
+
+
+def _of_parts(config: ModelConfig, positions: Array, gradient: Queries) -> tuple[Array, None]:
+    _, turned_back = jax.vjp(lambda x: rope(x, positions, config), gradient.rotated)  # linear: it does not matter where
+    content, unread = jnp.split(gradient.projected, [config.qk_nope_head_dim], axis=-1)
+    return jnp.concatenate([content, unread + turned_back(gradient.rotated)[0]], -1), None
+
+
+_in_parts.defvjp(lambda projected, positions, config: (_in_parts(projected, positions, config), positions), _of_parts)
 
 
 def expanded_attention(
@@ -189,8 +205,7 @@ class MLA(nn.Module):
             q = self.q_proj(self._of_group(x))
         else:
             q = self.q_b_proj(self._of_group(self.q_a_layernorm(checkpoint_name(self.q_a_proj(x), "q_latent"))))
-        q = q.reshape(*q.shape[:2], c.num_attention_heads, c.qk_head_dim)
-        return Queries(q, rope(q[..., c.qk_nope_head_dim :], positions, c))
+        return _in_parts(q.reshape(*q.shape[:2], c.num_attention_heads, c.qk_head_dim), positions, c)
 
     def latent(self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]) -> Latent:
         """What the tokens leave in the cache (eq. 1, 3)."""

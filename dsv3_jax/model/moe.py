@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -81,9 +82,11 @@ def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int
         slot = jnp.where(slot < blocks * rows, slot, 0)
     # The default method is a loop, whose launches are a third of those of a decoded token.
     block_expert = jnp.searchsorted(block_ends, jnp.arange(blocks), side="right", method="compare_all")
-    # Behind a barrier, or XLA computes slots anew for every number that is gathered by them.
-    slot, block_expert = jax.lax.optimization_barrier((slot.astype(jnp.int32), block_expert.astype(jnp.int32)))
-    return BlockPlan(slot.reshape(experts.shape), pair, block_expert)
+    # Behind barriers, or XLA computes slots anew for every number that is gathered by them.
+    slot, block_expert = (jax.lax.optimization_barrier(part.astype(jnp.int32)) for part in (slot.reshape(experts.shape), block_expert))
+    # Kept for the backward pass like the choice that it follows from: it takes a sort.
+    slot, pair = (checkpoint_name(part, "routing") for part in (slot, pair))
+    return BlockPlan(slot, pair, block_expert)
 
 
 _FEW_PAIRS = 256  # where comparing every pair with every other costs less than the kernels of a sort

@@ -1,6 +1,6 @@
 """The main model: embedding, dense layers, MoE layers, final norm (V3 sec. 2.1).
 
-Layers of one kind share one Linen module, their parameters stacked on a leading axis: `lax.scan`
+Layers of one kind share one Linen module, their parameters stacked on a leading axis: a loop
 runs them, so compile time does not grow with depth. Parameters are one plain pytree, float32:
 
     embed [V, D], dense {...}[layers], moe {...}[layers], norm, lm_head [D, V] (absent when tied), mtp {...}[depth]
@@ -23,6 +23,7 @@ from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU, rms_norm
 from dsv3_jax.model.mla import MLA, LayerStore
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.stack import scan_layers
 from dsv3_jax.parallel.expert import ALONE, Placement
 from dsv3_jax.precision.policy import BF16, Recipe
 from pallas_kernels.backend import platform
@@ -267,8 +268,10 @@ def scan_blocks(
 
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
     unroll = unroll or (execution.remat == "none" and unrolled(bias.shape[0]))
+    if count is None and unroll:
+        return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=True)
     if count is None:
-        return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=unroll)
+        return scan_layers(lambda x, per_layer, context: halves((x, context), *per_layer), x, (stack, bias), context)
 
     def layer_or_padding(x: Array, per_layer: tuple[Array, Params, Array]) -> tuple[Array, LayerReports]:
         is_layer, *arguments = per_layer

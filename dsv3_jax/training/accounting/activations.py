@@ -74,7 +74,8 @@ def saved_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) -> dic
         "attention_sums": tokens * m.num_attention_heads * FLOAT32_BYTES if _fused_attention(config) else 0,
         "attention_residual": tokens * m.hidden_size * itemsize,
         "swiglu_in": sum(product_input_bytes(config, rows, 2 * width) for rows, width in _ffns(config, is_moe, tokens)),
-        "routing": tokens * m.num_experts_per_tok * 4 if is_moe else 0,
+        # The choice, and of the plan where each pair goes and where each row of the buffers comes from.
+        "routing": 4 * (2 * tokens * m.num_experts_per_tok + buffer_rows(config, tokens)) if is_moe else 0,
     }
     return {name: sizes[name] for name in SAVED_NAMES}
 

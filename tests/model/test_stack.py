@@ -1,0 +1,76 @@
+"""The loop over layers: values and gradients of `lax.scan`, and no memory that is read before it is written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.model import stack
+from dsv3_jax.model.transformer import rematerialised
+
+LAYERS, WIDTH = 5, 8
+CONSTANT = np.linspace(0.5, 1.5, WIDTH, dtype=np.float32)
+
+
+def layer(x, one, context):
+    """Keeps what a layer of the model does: its input, a named activation, parts of its parameters and of the context, a constant."""
+    kernels, shift = one
+    hidden = checkpoint_name(jnp.tanh(x @ kernels["up"]), "swiglu_in")
+    y = x * CONSTANT + jnp.sin(hidden @ kernels["down"]) * context["weights"][:, None] + shift.sum()
+    return y, (hidden.sum(), jnp.where(context["ids"] > 1, x.mean(1), 0.0))
+
+
+def operands():
+    keys = jax.random.split(jax.random.key(0), 5)
+    kernels = {"up": jax.random.normal(keys[0], (LAYERS, WIDTH, 16)), "down": jax.random.normal(keys[1], (LAYERS, 16, WIDTH))}
+    context = {"weights": jax.random.uniform(keys[3], (4,)), "ids": jnp.arange(4)}
+    return jax.random.normal(keys[4], (4, WIDTH)), (kernels, jax.random.normal(keys[2], (LAYERS, 3))), context
+
+
+def gradients(run, policy):
+    """Of a number that every output has a part in, whose gradient differs from layer to layer."""
+    x, per_layer, context = operands()
+
+    def number(x, per_layer):
+        y, (sums, means) = run(rematerialised(layer, policy), x, per_layer, context)
+        return (y**2).sum() + (sums * jnp.arange(LAYERS)).sum() + (means**2).sum()
+
+    return jax.jit(jax.value_and_grad(number, (0, 1))), (x, per_layer)
+
+
+def by_scan(f, x, per_layer, context):
+    return jax.lax.scan(lambda x, one: f(x, one, context), x, per_layer)
+
+
+@pytest.fixture
+def never_cleared(monkeypatch):
+    """A CPU gives zeros where a GPU gives whatever was there before: here it is NaN, the largest of integers, or True."""
+
+    def poisoned(shape, dtype):
+        if jnp.issubdtype(dtype, jnp.bool_):
+            return jnp.ones(shape, dtype)
+        return jnp.full(shape, jnp.nan if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max, dtype)
+
+    monkeypatch.setattr(jax.lax, "empty", poisoned)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_values_and_gradients_are_those_of_a_scan(policy, never_cleared):
+    run, arguments = gradients(stack.scan_layers, policy)
+    expected = gradients(by_scan, policy)[0](*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(*arguments), expected)
+
+
+def test_outputs_without_a_gradient(never_cleared):
+    x, per_layer, context = operands()
+    got, expected = (jax.jit(lambda x, p, run=run: run(layer, x, p, context))(x, per_layer) for run in (stack.scan_layers, by_scan))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, expected)
+
+
+def test_a_gpu_fills_no_stack_with_zeros():
+    run, arguments = gradients(stack.scan_layers, "selective")
+    text = run.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    of_stacks = [line for line in text.splitlines() if f"tensor<{LAYERS}x" in line.split("->")[-1]]
+    assert sum("AllocateBuffer" in line for line in of_stacks) >= 5  # x and the named activation; three kinds of parameters
+    assert not [line for line in of_stacks if "broadcast_in_dim" in line and f"{LAYERS}x4x{WIDTH}x" in line]
