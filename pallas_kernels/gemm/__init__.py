@@ -12,7 +12,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.gemm import reference
 from pallas_kernels.gemm.product import SWIZZLE, Product
-from pallas_kernels.gemm.tiles import choose, sizes
+from pallas_kernels.gemm.tiles import choose, pieces, sizes
 
 GROUP = reference.GROUP
 
@@ -43,7 +43,11 @@ def wgrad(
     check_operands(a, b)
     if not use_pallas(impl):
         return reference.wgrad(a, a_scales, b, b_scales, addend)
-    return run(Product("row", out="float32"), (a, a_scales, b, b_scales, None), addend=addend)
+    operands = a, a_scales, b, b_scales, None
+    number = pieces(a.shape, b.shape, sm_count()) if addend is None else 1  # the kernel can add to one output only
+    if number > 1:
+        return run(Product("row", "pieces", "float32"), operands, number).sum(0)
+    return run(Product("row", out="float32"), operands, addend=addend)
 
 
 Operands = tuple[Array, Array | None, Array, Array | None, Array | None]  # a, a_scales, b, b_scales, index of groups

@@ -53,6 +53,7 @@ def multiply(
     rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps]
     masked       a [e, m, k]  a_scales [e, steps, m]  b [e, n, k]  b_scales [e, n / 128, steps]
     contraction  a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [steps, n]
+    pieces       the same; every group has as many steps
 
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
     use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
@@ -195,6 +196,9 @@ def _locate(kernel: _Kernel, refs: Any, index: tuple[jax.Array, ...]) -> _Tile:
         return _Tile(row, column, refs["index"][lax.div(row, GROUP)], 0, kernel.k_steps)
     if groups == "masked":
         return _Tile(row, column, group, 0, lax.select(row < refs["index"][group], kernel.k_steps, 0))
+    if groups == "pieces":
+        steps = kernel.k_steps // kernel.n_groups
+        return _Tile(row, column, group, group * steps, steps)
     steps_of_128 = GROUP // kernel.block_k
     first, end = (refs["index"][g] * steps_of_128 for g in (group, group + 1))
     return _Tile(row, column, group, first, end - first)

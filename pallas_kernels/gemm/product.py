@@ -7,7 +7,7 @@ GROUP = 128  # contraction elements under one scale, and the columns under one s
 SWIZZLE = 128  # bytes: one row of an operand slot
 WAVE = 64  # rows of one wgmma
 
-Groups = Literal["none", "rows", "masked", "contraction"]
+Groups = Literal["none", "rows", "masked", "contraction", "pieces"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,4 +52,4 @@ class Product:
     @property
     def per_group(self) -> bool:
         """Whether every group has its own output, and tiles of its own."""
-        return self.groups in ("masked", "contraction")
+        return self.groups in ("masked", "contraction", "pieces")

@@ -8,6 +8,7 @@ import dataclasses
 
 from pallas_kernels.gemm.product import GROUP, Product, TuningConfig
 
+LAUNCH, BYTES_A_NS = 5000, 3500  # nanoseconds of one more kernel, and how fast it adds pieces up
 BAND_BYTES = 20 * 2**20  # of A, in an L2 of 50 MiB beside what else passes through it; measured as `step` and `fixed` are
 
 
@@ -62,7 +63,26 @@ def choose(
     m, n, k = sizes(product, a_shape, b_shape, n_groups)
     possible = [c for c in candidates(product) if run is None or run % c.config.block_m == 0]
     config = min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
-    return in_bands(config, m, k) if product.groups == "none" else config
+    config = _with_a_small_rest(config, -(-k // GROUP))
+    return in_bands(config, m, k) if product.groups in ("none", "pieces") else config
+
+
+def _with_a_small_rest(config: TuningConfig, steps: int) -> TuningConfig:
+    """Blocks of two steps where those of four leave two or three: behind a loop over blocks so many make ptxas serialize all products."""
+    serialized = (config.block_n, config.overlap) == (128, 4) and steps >= 8 and steps % 4 > 1
+    return dataclasses.replace(config, overlap=2) if serialized else config
+
+
+def pieces(a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int) -> int:
+    """In how many equal pieces of k Wgrad is multiplied, whose results are then added: several where whole tiles fill few waves."""
+    steps = -(-a_shape[1] // GROUP)
+
+    def time(number: int) -> int:
+        m, n, k = sizes(Product("row", "pieces"), a_shape, b_shape, number)
+        product = min(modelled_time(c, m, n, k, sm_count, number) for c in _ROW)
+        return product + (LAUNCH + (number + 1) * 4 * m * n // BYTES_A_NS if number > 1 else 0)
+
+    return min((number for number in (1, 2, 4, 8) if steps % number == 0), key=time)
 
 
 def in_bands(config: TuningConfig, m: int, k: int) -> TuningConfig:
@@ -86,7 +106,7 @@ def candidates(product: Product) -> tuple[Candidate, ...]:
 
 def sizes(product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], n_groups: int) -> tuple[int, int, int]:
     """m, n and k of one group, taking contractions as evenly spread."""
-    if product.groups != "contraction":
+    if product.groups not in ("contraction", "pieces"):
         return a_shape[-2], b_shape[-1 if product.weights_lie else -2], a_shape[-1]
     if product.scales == "none":
         return a_shape[-1], b_shape[-1], a_shape[0] // n_groups

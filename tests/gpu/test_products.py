@@ -19,6 +19,7 @@ class TestFull(TestSmall):
 
     dense = [(4100, 2112, 7168), (64, 7168, 2048), (1000, 4096, 7184)]  # noqa: RUF012
     wgrads = [(2048, 7168, 4096), (2064, 1040, 1024)]  # noqa: RUF012
+    pieced = (2048, 576, 32768)
     width, depth = 2064, 7184
     wgrad_shape = (2048, 1152)
     owners = ([0, 0, 1, 63], [])

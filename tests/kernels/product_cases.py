@@ -50,6 +50,7 @@ class ProductCases:
 
     dense = [(1, 16, 16), (130, 144, 272)]  # noqa: RUF012 (a case list, not state)
     wgrads = [(144, 192, 128), (128, 256, 640)]  # noqa: RUF012
+    pieced = (64, 96, 1024)  # m, n, k of a Wgrad of few tiles and many steps
     width, depth = 144, 272  # n and k of experts
     wgrad_shape = (128, 192)  # of an expert
     owners = ([0, 0, 2], [2], [], [0, 1, 1, 2])  # expert of each tile; the rest of 5 tiles has none
@@ -74,6 +75,14 @@ class ProductCases:
         scales = [x.scales[:, : len(x.values)] for x in (a, b)]
         out = self.run("wgrad", a.values, scales[0], b.values, scales[1], None if addend is None else jnp.asarray(addend))
         assert_near(out, a.full @ b.full.T + (0 if addend is None else addend), F32_ERROR)
+
+    def test_wgrad_in_pieces(self):
+        rng = np.random.default_rng(7)
+        m, n, k = self.pieced
+        a, b = Rows(rough(rng, m, k)), Rows(rough(rng, n, k))
+        out = self.run("wgrad", a.values, a.scales[:, :m], b.values, b.scales[:, :n])
+        assert out.shape == (m, n)
+        assert_near(out, a.full @ b.full.T, F32_ERROR)
 
     def tiles(self, owners):
         experts = max(max(owners, default=0) + 1, 3)

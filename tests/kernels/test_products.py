@@ -9,6 +9,7 @@ from experiments.bench.tiles import fit
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
 from pallas_kernels.gemm.product import Product, TuningConfig
+from tests.gpu import test_products as gpu_cases
 from tests.kernels.interpreter import interpreted
 from tests.kernels.product_cases import BF16_ERROR, Blocks, ProductCases, Rows, assert_near, rough
 
@@ -27,12 +28,14 @@ class TestInterpreted(ProductCases):
 
     dense = [(130, 144, 640)]  # noqa: RUF012
     wgrads = [(144, 192, 384), (136, 208, 256)]  # noqa: RUF012
+    pieced = (108, 96, 712)  # two pieces of three steps, the last of them partial
     width, depth = 144, 272
     owners = ([0, 0, 2], [])
 
     @pytest.fixture(autouse=True)
     def two_multiprocessors(self, monkeypatch):
         monkeypatch.setattr(gemm, "sm_count", lambda: 2)
+        monkeypatch.setattr(tiles, "LAUNCH", 0)  # products of these sizes take less than a launch
 
     def run(self, name, *arguments, **settings):
         return interpreted(lambda: operation(name)(*arguments, impl="pallas", **settings))
@@ -64,6 +67,7 @@ PRODUCTS = [
     Product("block", "masked"),
     Product("row", "none", "float32"),
     Product("row", "contraction", "float32"),
+    Product("row", "pieces", "float32"),
     Product("none", "rows"),
     Product("none", "rows", weights_lie=True),
     Product("none", "contraction", "float32"),
@@ -85,7 +89,7 @@ def shapes(product, m, n, k, e):
     a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, *((k, n) if product.weights_lie else (n, k))))
     a_scales = (steps, m) if product.scales == "row" else (*each_a, steps, -(-m // 128) * 128)
     b_scales = (steps, n) if product.scales == "row" else (*each_b, -(-n // 128), steps)
-    index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1}[product.groups]
+    index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1, "pieces": None}[product.groups]
     kinds = [(a, dtype), (a_scales, jnp.float32), (b, dtype), (b_scales, jnp.float32)]
     operands = [jax.ShapeDtypeStruct(*kind) if product.scales != "none" or kind[1] == dtype else None for kind in kinds]
     return [*operands, None if index is None else jax.ShapeDtypeStruct((index,), jnp.int32)]
@@ -125,6 +129,29 @@ def test_the_model_picks_what_measured_best():
     block = lambda *shape: tiles.choose(Product(), (shape[0], shape[2]), (shape[1], shape[2]), 132)  # noqa: E731
     assert (block(8192, 8192, 8192).block_m, block(4096, 7168, 16384).block_m, block(4096, 32768, 512).block_m) == (192, 256, 128)
     assert block(64, 2112, 7168).block_n == 16
+
+
+def test_no_large_tile_leaves_two_or_three_steps_behind_a_block():
+    """ptxas would serialize every product (C7512, 256 bytes of spills): k = 1408 and 2304 are such, and many numbers of tokens."""
+    for steps in range(1, 40):
+        for product, n_groups in ((Product(), 1), (Product("block", "rows"), 8), (Product("row", out="float32"), 1)):
+            b = (8, 4096, 128 * steps) if n_groups > 1 else (4096, 128 * steps)
+            config = tiles.choose(product, (8192, 128 * steps), b, 132, n_groups, run=128 if n_groups > 1 else None)
+            assert (config.overlap == 1 or steps < 8 or steps % config.overlap < 2) and config.block_n == 128, steps
+
+
+def test_wgrad_of_few_tiles_is_cut_along_k():
+    """Weights of `h200` over 32,768 tokens; those of V3 over 4096 have tiles enough, and three steps cannot be halved."""
+    number = lambda m, n, k, sms=132: tiles.pieces((m, k), (n, k), sms)  # noqa: E731
+    assert (number(2048, 512, 32768), number(512, 4096, 32768), number(4096, 2048, 32768)) == (2, 1, 1)
+    assert (number(7168, 4096, 4096), number(2048, 7168, 4096), number(64, 64, 384)) == (1, 1, 1)
+
+
+def test_the_cases_of_pieces_are_cut(monkeypatch):
+    for sms, cases in ((132, gpu_cases.TestFull), (2, TestInterpreted)):
+        monkeypatch.setattr(tiles, "LAUNCH", 0 if sms == 2 else tiles.LAUNCH)
+        m, n, k = cases.pieced
+        assert tiles.pieces((m, k), (n, k), sms) > 1
 
 
 def test_bands_are_what_measured_best():
