@@ -4,7 +4,7 @@ uv run -m experiments.pretrain --config=configs/h200.py --workdir=runs/h200 --co
 
 0.5B tokens in steps of 262 thousand. Without a source it reads Python's standard library, which is enough to
 measure speed and too little to learn from. By experiments.describe it holds about 65 GiB. A step of one
-of its 8 micro-batches takes 0.46 s with --config.precision.policy=fp8, 0.51 s in bf16 (docs/benchmarks.md). No run went to its end yet.
+of its 8 micro-batches takes 0.44 s with --config.precision.policy=fp8, 0.49 s in bf16 (docs/benchmarks.md). No run went to its end yet.
 """
 
 from ml_collections import ConfigDict

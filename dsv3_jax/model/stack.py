@@ -34,11 +34,14 @@ class _Step:
         """The outputs, and stacks of what each layer keeps beside its own parameters and the context, which are there anyway."""
         traced, shapes = jax.make_jaxpr(self._keeping, return_shape=True)(x, jax.eval_shape(_at, per_layer, 0), context)
         run, layers = jax.extend.core.jaxpr_as_fun(traced), _layers(per_layer)
+        variables, used = traced.jaxpr.outvars, {id(v) for equation in traced.jaxpr.eqns for v in equation.invars}
 
         def body(i: Array, carry: tuple) -> tuple:
             x, *stacks = carry
             outputs = run(*jax.tree.leaves((x, _at(per_layer, i), context)))
-            x, *new = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+            # XLA:GPU has kernels write into a stack themselves. One whose output the layer uses too would run twice, once for each.
+            apart = [jax.lax.optimization_barrier(out) if id(v) in used else out for v, out in zip(variables, outputs, strict=True)]
+            x, *new = jax.tree.unflatten(jax.tree.structure(shapes), apart)
             return x, *_put(stacks, new, i)
 
         x, reports, stacks = _loop(layers, body, (x, *_uncleared(shapes[1:], layers)))

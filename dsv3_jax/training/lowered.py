@@ -33,6 +33,6 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     shapes = jax.eval_shape(functools.partial(create_state, config, optimizer))
     shardings = state_shardings(shapes, mesh)
     step = make_train_step(config, Execution.of(config, 0), optimizer, mesh)
-    jitted = jit_train_step(step, config, (shardings, replicated(mesh)))
+    jitted = jit_train_step(step, (shardings, replicated(mesh)))
     with compiling_for(mesh.devices.flat[0]):
         return jitted.lower(abstract_like(shapes, shardings), *batch_arguments(config, mesh))

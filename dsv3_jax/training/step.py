@@ -70,13 +70,9 @@ def make_train_step(config: Config, execution: Execution, optimizer: optax.Gradi
     return step
 
 
-def jit_train_step(step: TrainStep, config: Config, out_shardings: Any = None) -> Any:
+def jit_train_step(step: TrainStep, out_shardings: Any = None) -> Any:
     """The step jitted as training runs it: in place of its state."""
-    # What remat="selective" keeps goes into a stack of all layers. Where a kernel of ours makes it, XLA:GPU calls that kernel
-    # twice, once to write there and once for the layer's other uses: in bf16 a whole attention and a product a layer, in FP8, where
-    # most of it has no other use, two small products. There a copy of everything would cost more.
-    options = {"xla_gpu_enable_dynamic_slice_fusion": config.precision.policy == "fp8"}
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
 def _make_gradients(config: Config, spread: Spread) -> Callable[..., tuple[Params, Losses]]:

@@ -90,7 +90,7 @@ class Trainer:
     def _build_steps(self) -> None:
         config, shared = self.config, replicated(self.mesh)
         step = make_train_step(config, self.execution, self.optimizer, self.mesh)
-        self.train_step: Any = jit_train_step(step, config, (self.shardings, shared))
+        self.train_step: Any = jit_train_step(step, (self.shardings, shared))
         self.eval_step = jax.jit(make_eval_step(config, self.execution, self.mesh), out_shardings=shared)
 
     def _restore_or_create(self) -> None:

@@ -249,7 +249,7 @@ def _creator(config: Config) -> Callable[[np.uint32], TrainState]:
 @functools.cache
 def _train_step(config: Config, eos_id: int) -> TrainStep:
     step = make_train_step(config, Execution.of(config, eos_id), make_optimizer(config.optimizer))
-    return jit_train_step(step, config, replicated(make_mesh(MeshConfig())))
+    return jit_train_step(step, replicated(make_mesh(MeshConfig())))
 
 
 @functools.cache

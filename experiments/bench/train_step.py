@@ -80,7 +80,7 @@ def measure(config: Any, steps: int) -> dict[str, Any]:
     rates = Rates(jnp.float32(1e-4), jnp.float32(1e-3), jnp.float32(0.3))
     step = make_train_step(config, Execution.of(config, 0), optimizer)
     started = time.perf_counter()
-    lowered = jit_train_step(step, config).lower(state, batches[0], jnp.int32(1), rates)
+    lowered = jit_train_step(step).lower(state, batches[0], jnp.int32(1), rates)
     lower_seconds, started = time.perf_counter() - started, time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - started

@@ -74,3 +74,25 @@ def test_a_gpu_fills_no_stack_with_zeros():
     of_stacks = [line for line in text.splitlines() if f"tensor<{LAYERS}x" in line.split("->")[-1]]
     assert sum("AllocateBuffer" in line for line in of_stacks) >= 5  # x and the named activation; three kinds of parameters
     assert not [line for line in of_stacks if "broadcast_in_dim" in line and f"{LAYERS}x4x{WIDTH}x" in line]
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_only_what_a_layer_uses_too_is_kept_apart_from_it(used):
+    """Without a barrier a GPU's kernel that makes it would run twice; with one, what is only kept would be copied."""
+
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sin(x)
+
+    def forward(x):
+        kept = checkpoint_name(x @ jnp.ones((WIDTH, 2)), "swiglu_in")
+        return jnp.sin(x) + (kept.sum() if used else 0.0), kept
+
+    f.defvjp(forward, lambda kept, d: (d * kept.sum(),))
+    x, per_layer, _ = operands()
+
+    def number(x):
+        return stack.scan_layers(rematerialised(lambda x, one, context: (f(x), ()), "selective"), x, per_layer, ())[0].sum()
+
+    text = jax.jit(jax.grad(number)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert sum("optimization_barrier" in line and "tensor<4x2xf32>" in line for line in text.splitlines()) == used
