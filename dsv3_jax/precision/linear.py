@@ -200,7 +200,7 @@ def _swiglu_product(hidden: Array, gates: Array, kernel: Array, block_expert: Bl
 
 def _swiglu_fwd(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
     kept = _named(quantize(hidden, recipe.input_tile) if recipe.fp8 else hidden, "swiglu_in")
-    hidden = kept if isinstance(kept, Array) else hidden
+    hidden = kept if isinstance(kept, Array) else hidden  # so the loop over layers sees that what is kept is used too
     y = _fprop(_activated(hidden, gates, recipe), kernel, block_expert, recipe, role).astype(hidden.dtype)
     return y, (kept, gates, kernel, block_expert)
 
