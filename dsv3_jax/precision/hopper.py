@@ -156,13 +156,10 @@ def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple
 
 @jax.named_scope("dispatch")
 def _arranged(tokens: Kept, rows: Rows | None) -> Kept:
-    """Copies of quantized tokens in the rows of experts, moved as words of four numbers."""
+    """Copies of quantized tokens in the rows of experts."""
     if rows is None:
         return tokens
-    words = jax.lax.bitcast_convert_type(tokens.values.reshape(tokens.values.shape[0], -1, 4), jnp.uint32)
-    values = jax.lax.bitcast_convert_type(dispatch(words, rows), tokens.values.dtype)
-    scales = tokens.scales.at[:, rows.source].get(mode="fill", fill_value=1)
-    return Kept(values.reshape(rows.source.size, -1), scales)
+    return Kept(dispatch(tokens.values, rows), tokens.scales.at[:, rows.source].get(mode="fill", fill_value=1))
 
 
 def _summed(y: Array, rows: Rows | None) -> Array:
