@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsv3_jax.model import moe
 from dsv3_jax.model.moe import block_rows, expert_ffn, plan_blocks
 from dsv3_jax.model.router import Routing
-from dsv3_jax.precision.rows import combine, dispatch
+from dsv3_jax.precision.rows import Rows, combine, dispatch
 
 
 def one_expert_at_a_time(x, routing, gate_up, down):
@@ -82,6 +82,17 @@ def test_dispatch_and_combine_are_each_others_transpose():
     np.testing.assert_allclose((dispatch(x, rows) * y).sum(), (x * combine(y, rows)).sum(), rtol=1e-5)
     np.testing.assert_allclose(jax.vjp(lambda a: dispatch(a, rows), x)[1](y)[0], combine(y, rows), rtol=1e-6)
     np.testing.assert_allclose(jax.vjp(lambda a: combine(a, rows), y)[1](x)[0], dispatch(x, rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("width", [6, 7, 8])  # 6: whole words of bfloat16 alone; 7: of neither format; 8: of both
+def test_dispatch_moves_whatever_a_row_is_made_of(dtype, width):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, width)), dtype)
+    rows = Rows(jnp.array([0, 2, 3, 1, 3, 0]), jnp.array([[0, 5], [3, 3], [1, 1]]))
+    copies = jax.jit(dispatch)(x, rows)
+    assert copies.dtype == x.dtype
+    padded = np.concatenate([np.float32(x), np.zeros((1, width), np.float32)])
+    np.testing.assert_array_equal(np.float32(copies), padded[np.asarray(rows.source)])
 
 
 def test_padding_stays_small():
