@@ -263,19 +263,20 @@ def scan_blocks(
 
     halves = in_halves(rematerialised(layer_of, execution.remat), execution.overlap)
 
-    def layer(x: Array, layer_params: Params, layer_bias: Array) -> tuple[Array, LayerReports]:
-        return halves((x, context), layer_params, layer_bias)
+    def layer(x: Array, per_layer: tuple[Params, Array], context: TokenContext) -> tuple[Array, LayerReports]:
+        return halves((x, context), *per_layer)
 
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
     unroll = unroll or (execution.remat == "none" and unrolled(bias.shape[0]))
-    if count is None and unroll:
-        return jax.lax.scan(lambda x, per_layer: layer(x, *per_layer), x, (stack, bias), unroll=True)
+    if count is None and not unroll:
+        return scan_layers(layer, x, (stack, bias), context)
+    here = functools.partial(layer, context=context)
     if count is None:
-        return scan_layers(lambda x, per_layer, context: halves((x, context), *per_layer), x, (stack, bias), context)
+        return jax.lax.scan(here, x, (stack, bias), unroll=True)
 
-    def layer_or_padding(x: Array, per_layer: tuple[Array, Params, Array]) -> tuple[Array, LayerReports]:
-        is_layer, *arguments = per_layer
-        _, nothing = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(layer, x, *arguments))
-        return jax.lax.cond(is_layer, layer, lambda x, *_: (x, nothing), x, *arguments)
+    def layer_or_padding(x: Array, per_layer: tuple[Array, tuple[Params, Array]]) -> tuple[Array, LayerReports]:
+        is_layer, one = per_layer
+        _, nothing = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(here, x, one))
+        return jax.lax.cond(is_layer, here, lambda x, _: (x, nothing), x, one)
 
-    return jax.lax.scan(layer_or_padding, x, (jnp.arange(bias.shape[0]) < count, stack, bias), unroll=unroll)
+    return jax.lax.scan(layer_or_padding, x, (jnp.arange(bias.shape[0]) < count, (stack, bias)), unroll=unroll)

@@ -83,14 +83,11 @@ def rows() -> list[Row]:
         table.append(Row(f"XLA bfloat16 {m},{n},{k}", lambda a, b: a @ b.T, (((m, k), bf16), ((n, k), bf16)), 2 * m * n * k))
         whole = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=bf16)  # noqa: E731
         table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k))
-    for m, n, k in WGRAD:
+    for m, n, k in (*WGRAD, *PIECES):
         shapes = ((m, k), f8), ((k // 128, m), f32), ((n, k), f8), ((k // 128, n), f32)
-        table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k))
+        table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k, several=(m, n, k) in PIECES))
         question = {"kind": "wgrad", "m": m, "n": n, "k": k}
         table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, (*shapes, ((m, n), f32)), 2 * m * n * k, question=question))
-    for m, n, k in PIECES:
-        shapes = ((m, k), f8), ((k // 128, m), f32), ((n, k), f8), ((k // 128, n), f32)
-        table.append(Row(f"wgrad of few tiles {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k, several=True))
     for e, each in GROUPS:
         for n, k in EXPERT:
             m, together, owners = e * each, each // 128, jnp.repeat(jnp.arange(e, dtype=jnp.int32), each // 128)

@@ -26,10 +26,11 @@ def layer(config: Any, policy: str) -> Any:
     from dsv3_jax.model.moe import block_rows, expert_ffn
     from dsv3_jax.precision.linear import ffn
     from dsv3_jax.precision.policy import Recipe
+    from pallas_kernels.backend import platform
 
     m, recipe = config.model, Recipe.of(dataclasses.replace(config.precision, policy=policy))
     pairs = config.train.micro_batch_size * config.train.sequence_length * m.num_experts_per_tok
-    rows = block_rows(pairs, m.n_routed_experts, jax.default_backend())
+    rows = block_rows(pairs, m.n_routed_experts, platform())
 
     def both_ways(x: Any, weights: Any, routing: Any, dy: Any) -> Any:
         def output(x: Any, weights: Any, gates: Any) -> Any:

@@ -75,12 +75,12 @@ def _with_a_small_rest(config: TuningConfig, steps: int) -> TuningConfig:
 
 def pieces(a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int) -> int:
     """In how many equal pieces of k Wgrad is multiplied, whose results are then added: several where whole tiles fill few waves."""
-    steps = -(-a_shape[1] // GROUP)
+    product, steps = Product("row", "pieces"), -(-a_shape[1] // GROUP)
 
     def time(number: int) -> int:
-        m, n, k = sizes(Product("row", "pieces"), a_shape, b_shape, number)
-        product = min(modelled_time(c, m, n, k, sm_count, number) for c in _ROW)
-        return product + (LAUNCH + (number + 1) * 4 * m * n // BYTES_A_NS if number > 1 else 0)
+        m, n, k = sizes(product, a_shape, b_shape, number)
+        multiplied = min(modelled_time(c, m, n, k, sm_count, number) for c in candidates(product))
+        return multiplied + (LAUNCH + (number + 1) * 4 * m * n // BYTES_A_NS if number > 1 else 0)
 
     return min((number for number in (1, 2, 4, 8) if steps % number == 0), key=time)
 
