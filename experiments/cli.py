@@ -24,9 +24,14 @@ FLAGS = flags.FLAGS
 _none_fields: list[str] = []
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, calls `main()`, and exits with what it returns; the `__main__` module's docstring heads `--help`."""
+def run(main: Callable[[], int | None], keeps_programs: bool = True) -> None:
+    """Parses the flags, calls `main()`, and exits with what it returns; the `__main__` module's docstring heads `--help`.
+
+    `keeps_programs`: what JAX compiles is kept for later starts. Commands that time compilation keep none.
+    """
     _use_huge_pages()
+    if keeps_programs:
+        _keep_programs()
     try:
         app.run(lambda _: _quietly(main), flags_parser=_parse)
     except (ConfigError, flags.Error) as error:
@@ -56,6 +61,16 @@ def _use_huge_pages() -> None:
     if "GLIBC_TUNABLES" not in os.environ and setting.exists() and "[madvise]" in setting.read_text():
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
+
+
+def _keep_programs() -> None:
+    """Names the folder in which JAX, which must not be loaded yet, keeps compiled programs, unless JAX_COMPILATION_CACHE_DIR does.
+
+    A program is known by its code, JAX's version and the kind of device. JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(caches):  # who has no home has no cache
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dsv3_jax", "programs"))
 
 
 def fake_devices(count: int, only_compile: bool = False) -> None:

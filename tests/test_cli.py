@@ -96,6 +96,24 @@ def test_a_command_starts_again_to_ask_for_huge_pages():
     assert (done.returncode, done.stdout) == (0, "glibc.malloc.hugetlb=1\n" if asked else "None\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("keeps", "given", "folder"),
+    [
+        (True, {"HOME": "/home/a"}, "/home/a/.cache/dsv3_jax/programs"),
+        (True, {"HOME": "/home/a", "XDG_CACHE_HOME": "/caches"}, "/caches/dsv3_jax/programs"),
+        (True, {"HOME": "/home/a", "JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+        (True, {"HOME": "/home/a", "XDG_CACHE_HOME": "relative"}, None),
+        (False, {"HOME": "/home/a"}, None),
+    ],
+)
+def test_where_a_command_keeps_compiled_programs(keeps: bool, given: dict[str, str], folder: str | None):
+    shown = "print(__import__('jax').config.jax_compilation_cache_dir)"
+    code = f"from experiments import cli; cli.run(lambda: {shown}, keeps_programs={keeps})"
+    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | given, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{folder}\n"), done.stderr
+
+
 def test_missing_workdir():
     assert_refused(run("pretrain", TINY), "--workdir", "None")
 

@@ -121,4 +121,4 @@ def _sent(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keeps_programs=False)

@@ -138,4 +138,4 @@ def render(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keeps_programs=False)

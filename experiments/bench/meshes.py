@@ -199,4 +199,4 @@ def _share(part: float, whole: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keeps_programs=False)

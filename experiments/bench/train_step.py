@@ -135,4 +135,4 @@ def peer_rows(result: dict[str, Any], config: Any) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, keeps_programs=False)
