@@ -267,16 +267,6 @@ def scan_blocks(
         return halves((x, context), *per_layer)
 
     # A CPU copies what each layer keeps into stacks. A few layers without remat are faster unrolled, and still compile quickly.
-    unroll = unroll or (execution.remat == "none" and unrolled(bias.shape[0]))
-    if count is None and not unroll:
-        return scan_layers(layer, x, (stack, bias), context)
-    here = functools.partial(layer, context=context)
-    if count is None:
-        return jax.lax.scan(here, x, (stack, bias), unroll=True)
-
-    def layer_or_padding(x: Array, per_layer: tuple[Array, tuple[Params, Array]]) -> tuple[Array, LayerReports]:
-        is_layer, one = per_layer
-        _, nothing = jax.tree.map(lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(here, x, one))
-        return jax.lax.cond(is_layer, here, lambda x, _: (x, nothing), x, one)
-
-    return jax.lax.scan(layer_or_padding, x, (jnp.arange(bias.shape[0]) < count, (stack, bias)), unroll=unroll)
+    if count is None and not unroll and execution.remat == "none" and unrolled(bias.shape[0]):
+        return jax.lax.scan(functools.partial(layer, context=context), x, (stack, bias), unroll=True)
+    return scan_layers(layer, x, (stack, bias), context, count, unroll)

@@ -1,5 +1,7 @@
 """The loop over layers: values and gradients of `lax.scan`, and no memory that is read before it is written."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,16 @@ def by_scan(f, x, per_layer, context):
     return jax.lax.scan(lambda x, one: f(x, one, context), x, per_layer)
 
 
+def of_first(count):
+    """`by_scan` over so many layers: the others report zeros, and have gradients of zero."""
+
+    def run(f, x, per_layer, context):
+        x, reports = by_scan(f, x, jax.tree.map(lambda a: a[:count], per_layer), context)
+        return x, jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros((LAYERS - count, *a.shape[1:]))]), reports)
+
+    return run
+
+
 @pytest.fixture
 def never_cleared(monkeypatch):
     """A CPU gives zeros where a GPU gives whatever was there before: here it is NaN, the largest of integers, or True."""
@@ -55,16 +67,27 @@ def never_cleared(monkeypatch):
     monkeypatch.setattr(jax.lax, "empty", poisoned)
 
 
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "written out"])
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_values_and_gradients_are_those_of_a_scan(policy, never_cleared):
-    run, arguments = gradients(stack.scan_layers, policy)
+def test_values_and_gradients_are_those_of_a_scan(policy, unroll, never_cleared):
+    run, arguments = gradients(functools.partial(stack.scan_layers, unroll=unroll), policy)
     expected = gradients(by_scan, policy)[0](*arguments)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(*arguments), expected)
 
 
-def test_outputs_without_a_gradient(never_cleared):
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "written out"])
+@pytest.mark.parametrize("count", [0, 3, LAYERS])
+def test_padding_changes_nothing_and_has_no_gradient(count, unroll, never_cleared):
+    run, arguments = gradients(functools.partial(stack.scan_layers, count=jnp.int32(count), unroll=unroll), "selective")
+    expected = gradients(of_first(count), "selective")[0](*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(*arguments), expected)
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_outputs_without_a_gradient(count, never_cleared):
     x, per_layer, context = operands()
-    got, expected = (jax.jit(lambda x, p, run=run: run(layer, x, p, context))(x, per_layer) for run in (stack.scan_layers, by_scan))
+    runs = functools.partial(stack.scan_layers, count=count and jnp.int32(count)), of_first(count) if count else by_scan
+    got, expected = (jax.jit(lambda x, p, run=run: run(layer, x, p, context))(x, per_layer) for run in runs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), got, expected)
 
 
