@@ -5,15 +5,15 @@ schedule's actions with `lax.switch`, then neighbours exchange what they compute
 A forward and a backward pass that the schedule overlaps are in one branch, with nothing between them, so that XLA may
 run the communication of one beside the products of the other.
 
-What is kept of a micro-batch on a stage is the stage's *input*, until its last backward pass, and the gradient of its
-output while that waits. The rest is computed again:
+What is kept of a micro-batch on a stage, until its last backward pass: the stage's input, its output, what the `jax.vjp` of
+its `run` needs besides, and the gradient of its output while that waits.
 
-    F   runs the stage
-    B   runs the stage again, then its whole `jax.vjp`
-    I   runs the stage again, then the `jax.vjp` towards its input
-    W   runs the stage again, then the `jax.vjp` towards its parameters
+    F   `run`
+    B   `score`, its gradients, and the whole `jax.vjp` of `run`
+    I   the same towards the stage's input
+    W   the same towards parameters
 
-A B split into I and W thus runs the stage, and the gradients between its layers, once more than a B.
+A B split into I and W thus runs `score`, and the gradients between the stage's layers, twice.
 """
 
 import functools
@@ -28,14 +28,17 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.parallel.mesh import PIPE_AXIS
 from dsv3_jax.parallel.schedules import Schedule
 from dsv3_jax.parallel.ticks import Action, Channel, Operand, lower
+from dsv3_jax.residuals import Residuals
 
 
-class StageOutput(NamedTuple):
-    """What a stage makes of its input."""
+class Stage(NamedTuple):
+    """The program of every stage, in two pure parts. `index` is the number of the stage; x is all zeros on stage 0."""
 
-    y: Float[Array, "..."]  # for the next stage; not read after the last
-    loss: Float[Array, ""]  # its own part of the loss; parts of stages and micro-batches add up
-    metrics: PyTree  # to be added up over micro-batches, without gradient
+    # run(own, shared, x, micro_batch, index): y for the next stage, and a report for `score`
+    run: Callable[[Any, Any, Array, Any, Int[Array, ""]], tuple[Array, Any]]
+    # score(shared, y, report, micro_batch, index): this stage's part of the loss, and metrics. Of both those of stages and
+    # micro-batches add up. The loss has gradients, metrics have none.
+    score: Callable[[Any, Array, Any, Any, Int[Array, ""]], tuple[Float[Array, ""], Any]]
 
 
 class StageParams(NamedTuple):
@@ -53,8 +56,6 @@ class PipelineOutput(NamedTuple):
     metrics: tuple[PyTree, ...]  # of its stage in each direction
 
 
-# stage(own, shared, x, micro_batch, stage index): pure; x is all zeros on stage 0.
-Stage = Callable[[Any, Any, Array, Any, Int[Array, ""]], StageOutput]
 Addition = Callable[[Any, Any], Any]  # of two trees of metrics; zeros must change nothing
 
 
@@ -83,29 +84,34 @@ def run_pipeline(
     ticks = lower(schedule)
     passes = _Passes(schedule, stage, params, batch, add_metrics)
     branches = [functools.partial(passes.run, action) for action in ticks.actions]
-    buffers = {payload: jnp.zeros((count, *activation.shape), activation.dtype) for payload, count in ticks.slots.items()}
+    values, metrics = passes.shapes(activation)
+    buffers = {payload: _filled(_MAKE[payload], value, (ticks.slots[payload],)) for payload, value in values.items()}
     rank = jax.lax.axis_index(PIPE_AXIS)
     arrivals = list(ticks.arrivals.values())
     rows = jax.tree.map(lambda table: jnp.asarray(table)[:, rank], (ticks.action, ticks.operands, arrivals))
 
-    def tick(carry: tuple[dict[str, Array], PipelineOutput], row: PyTree) -> tuple[tuple[dict[str, Array], PipelineOutput], None]:
+    def tick(carry: tuple[Buffers, PipelineOutput], row: PyTree) -> tuple[tuple[Buffers, PipelineOutput], None]:
         buffers, sums = carry
         action, operands, slots = row
         results, sums = jax.lax.switch(action, branches, operands, buffers, sums)
         return (_exchange(buffers, results, dict(zip(ticks.arrivals, slots, strict=True)), schedule.n_ranks), sums), None
 
-    (_, sums), _ = jax.lax.scan(tick, (buffers, passes.no_sums(activation)), rows)
+    (_, sums), _ = jax.lax.scan(tick, (buffers, passes.no_sums(metrics)), rows)
     return sums
 
 
-def _exchange(buffers: dict[str, Array], results: dict[str, Array], slots: dict[Channel, Array], ranks: int) -> dict[str, Array]:
+Buffers = dict[str, PyTree]  # by payload, slots on a leading axis; or one value of each
+
+
+def _exchange(buffers: Buffers, results: Buffers, slots: dict[Channel, Array], ranks: int) -> Buffers:
     """Sends what was computed to the neighbours, and puts what they send into its slots."""
     for channel, slot in slots.items():
         value = results[channel.payload]
         if channel.shift:
             pairs = [(rank, rank + channel.shift) for rank in range(ranks) if 0 <= rank + channel.shift < ranks]
             value = jax.lax.ppermute(value, PIPE_AXIS, pairs)
-        buffers = buffers | {channel.payload: buffers[channel.payload].at[slot].set(value)}
+        put = lambda buffer, new, slot=slot: buffer.at[slot].set(new)  # noqa: E731
+        buffers = buffers | {channel.payload: jax.tree.map(put, buffers[channel.payload], value)}
     return buffers
 
 
@@ -114,37 +120,39 @@ class _Passes:
 
     def __init__(self, schedule: Schedule, stage: Stage, params: StageParams, batch: PyTree, add_metrics: Addition):
         self._schedule, self._params, self._batch, self._add_metrics = schedule, params, batch, add_metrics
+        residuals = Residuals()
         # Under jit a pass is traced once, and not again for each branch that has it.
-        self._forward = jax.jit(functools.partial(_forward, stage))
-        self._backward = {kind: jax.jit(functools.partial(_backward, stage, kind)) for kind in "BIW"}
-        self._metrics = lambda *inputs: stage(*inputs).metrics
+        self._forward = jax.jit(functools.partial(_forward, stage, residuals))
+        self._backward = {kind: jax.jit(functools.partial(_backward, stage, residuals, kind)) for kind in "BIW"}
+        self._metrics = lambda kept, own, shared, x, *rest: stage.score(shared, kept.y, kept.report, *rest)[1]
 
-    def no_sums(self, activation: jax.ShapeDtypeStruct) -> PipelineOutput:
-        zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)  # noqa: E731
-        x = zeros(activation)
-        metrics = [jax.eval_shape(self._metrics, *self._inputs(d, x, jnp.int32(0))) for d in self._schedule.directions]
-        return PipelineOutput(jnp.zeros(()), zeros(self._params), tuple(map(zeros, metrics)))
+    def shapes(self, activation: jax.ShapeDtypeStruct) -> tuple[Buffers, PyTree]:
+        """Of what waits, by payload, and of a stage's metrics."""
+        inputs: Any = self._inputs(0, activation, jnp.int32(0))
+        _, kept = jax.eval_shape(self._forward, *inputs)
+        return {"activation": activation, "gradient": activation, "kept": kept}, jax.eval_shape(self._metrics, kept, *inputs)
 
-    def run(
-        self, action: Action, operands: dict[str, Operand], buffers: dict[str, Array], sums: PipelineOutput
-    ) -> tuple[dict[str, Array], PipelineOutput]:
-        """One action: its results for the neighbours, by payload, and the sums with its part."""
-        results = {payload: jnp.zeros_like(buffer[0]) for payload, buffer in buffers.items()}
+    def no_sums(self, metrics: PyTree) -> PipelineOutput:
+        return PipelineOutput(jnp.zeros(()), _filled(jnp.zeros, self._params), tuple(_filled(jnp.zeros, metrics) for _ in self._params.own))
+
+    def run(self, action: Action, operands: dict[str, Operand], buffers: Buffers, sums: PipelineOutput) -> tuple[Buffers, PipelineOutput]:
+        """One action: its results for the neighbours and itself, by payload, and the sums with its part."""
+        results = {payload: _filled(_MAKE[payload], _at(buffer, 0)) for payload, buffer in buffers.items()}
         for kind, direction in action.passes:
             operand = operands["forward" if kind == "F" else "backward"]
             inputs = self._inputs(direction, buffers["activation"][operand.activation], operand.micro_batch)
             if kind == "F":
-                results["activation"] = self._forward(*inputs)
+                results["activation"], results["kept"] = self._forward(*inputs)
             else:
-                out = self._backward[kind](buffers["gradient"][operand.gradient], *inputs)
+                out = self._backward[kind](buffers["gradient"][operand.gradient], _at(buffers["kept"], operand.kept), *inputs)
                 results["gradient"], sums = out.dx, self._added(sums, direction, out)
         return results, sums
 
-    def _inputs(self, direction: int, x: Array, micro_batch: Array) -> tuple[Any, ...]:
+    def _inputs(self, direction: int, x: Array | jax.ShapeDtypeStruct, micro_batch: Array) -> tuple[Any, ...]:
         """What the stage of a direction takes."""
         rank = jax.lax.axis_index(PIPE_AXIS)
         index = rank if direction == 0 else self._schedule.n_stages - 1 - rank
-        return self._params.own[direction], self._params.shared, x, jax.tree.map(lambda leaf: leaf[micro_batch], self._batch), index
+        return self._params.own[direction], self._params.shared, x, _at(self._batch, micro_batch), index
 
     def _added(self, sums: PipelineOutput, direction: int, new: "_Gradients") -> PipelineOutput:
         if new.params:
@@ -164,29 +172,52 @@ class _Gradients(NamedTuple):
     report: tuple[()] | tuple[Array, PyTree]
 
 
-def _forward(stage: Stage, *inputs: Any) -> Array:
+class _Kept(NamedTuple):
+    """What a forward pass keeps of a micro-batch for the backward passes of its stage."""
+
+    y: Array
+    report: PyTree
+    residuals: list[Array]  # of `run`
+
+
+def _forward(stage: Stage, residuals: Residuals, own: PyTree, shared: PyTree, x: Array, micro: PyTree, index: Array) -> tuple[Array, _Kept]:
     """F."""
-    return stage(*inputs).y
+    (y, report), pull = jax.vjp(lambda own, shared, x: stage.run(own, shared, x, micro, index), own, shared, x)
+    return y, _Kept(y, report, residuals.take(pull, (own, shared, x, micro, index)))
 
 
-def _backward(stage: Stage, kind: str, dy: Array, own: PyTree, shared: PyTree, x: Array, micro: PyTree, index: Array) -> _Gradients:
-    """B, I or W."""
-
-    def f(own: PyTree, shared: PyTree, x: Array) -> tuple[tuple[Array, Array], PyTree]:
-        out = stage(own, shared, x, micro, index)
-        return (out.y, out.loss), out.metrics
-
-    cotangent = dy, jnp.ones(())
+def _backward(
+    stage: Stage,
+    residuals: Residuals,
+    kind: str,
+    dy: Array,
+    kept: _Kept,
+    own: PyTree,
+    shared: PyTree,
+    x: Array,
+    micro: PyTree,
+    index: Array,
+) -> _Gradients:
+    """B, I or W. What a kind does not return is not computed: the compiler finds that nobody reads it."""
+    score = lambda shared, y, report: stage.score(shared, y, report, micro, index)  # noqa: E731
+    loss, pull_score, metrics = jax.vjp(score, shared, kept.y, kept.report, has_aux=True)
+    of_score, dy_here, d_report = pull_score(jnp.ones(()))
+    pull = residuals.restore(kept.residuals, (own, shared, x, micro, index))
+    d_own, of_run, dx = pull((dy + dy_here, d_report))
     if kind == "W":
-        _, vjp, _ = jax.vjp(lambda own, shared: f(own, shared, x), own, shared, has_aux=True)
-        return _Gradients(jnp.zeros_like(x), vjp(cotangent), ())
-    if kind == "I":
-        (_, loss), vjp, metrics = jax.vjp(lambda x: f(own, shared, x), x, has_aux=True)
-        (dx,) = vjp(cotangent)
-        return _Gradients(dx, (), (loss, metrics))
-    (_, loss), vjp, metrics = jax.vjp(f, own, shared, x, has_aux=True)
-    d_own, d_shared, dx = vjp(cotangent)
-    return _Gradients(dx, (d_own, d_shared), (loss, metrics))
+        return _Gradients(jnp.zeros_like(x), (d_own, add(of_score, of_run)), ())
+    return _Gradients(dx, (d_own, add(of_score, of_run)) if kind == "B" else (), (loss, metrics))
+
+
+_MAKE = {"activation": jnp.zeros, "gradient": jnp.zeros, "kept": jax.lax.empty}  # what is kept is written before it is read
+
+
+def _filled(make: Callable[..., Array], like: PyTree, slots: tuple[int, ...] = ()) -> PyTree:
+    return jax.tree.map(lambda leaf: make((*slots, *leaf.shape), leaf.dtype), like)
+
+
+def _at(tree: PyTree, index: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _add_at(values: tuple, index: int, new: PyTree, addition: Addition) -> tuple:

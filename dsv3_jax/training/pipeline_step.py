@@ -15,7 +15,6 @@ Inside a stage devices exchange tokens along `node` and `gpu`. They do so in bra
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,7 +37,7 @@ from dsv3_jax.model.transformer import (
     token_context,
 )
 from dsv3_jax.parallel.mesh import PIPE_AXIS
-from dsv3_jax.parallel.pipeline import StageOutput, StageParams, run_pipeline
+from dsv3_jax.parallel.pipeline import Stage, StageParams, run_pipeline
 from dsv3_jax.parallel.schedules import Schedule, Seat, make_schedule, split_layers
 from dsv3_jax.parallel.sharding import Place, gather, gather_layers, sum_whole
 from dsv3_jax.parallel.ticks import lower
@@ -68,11 +67,12 @@ class Cut:
 
 
 class Room(NamedTuple):
-    """What one rank has room for; without a pipeline the whole model once, and nothing that waits."""
+    """What one rank has room for; without a pipeline the whole model once, one micro-batch, and nothing that waits."""
 
     layers: dict[str, int]  # of each stack, in one stage; empty: all
     stages: int  # held at once: two where the schedule has two directions
-    slots: int  # for inputs of stages, and gradients of their outputs
+    kept: int  # micro-batches of which the layers of a stage keep what their backward pass needs
+    slots: int  # for inputs and outputs of stages, and gradients of the latter
 
 
 @functools.cache
@@ -80,10 +80,11 @@ def room_of_rank(config: Config) -> Room:
     """Every stage has room for the most layers of either kind that any has. Raises ConfigError for a pipeline that cannot run."""
     parallel, train = config.parallel, config.train
     if parallel.mesh.pipe == 1:
-        return Room({}, 1, 0)
+        return Room({}, 1, 1, 0)
     schedule = make_schedule(parallel.schedule, parallel.mesh.pipe, train.batch_size // train.micro_batch_size)
     most = {kind: layers.shape[1] for kind, layers in Cut.of(config.model, schedule.n_stages).layers.items()}
-    return Room(most, len(schedule.directions), sum(lower(schedule).slots.values()))
+    slots = lower(schedule).slots
+    return Room(most, len(schedule.directions), slots["kept"], sum(slots.values()))
 
 
 class MicroBatch(NamedTuple):
@@ -143,10 +144,8 @@ def _stage_params(params: Params, bias: RouterBias, cut: Cut, stages: list[np.nd
     return StageParams(tuple(map(own, stages)), shared | {"bias": bias.mtp})
 
 
-def _make_stage(
-    cut: Cut, n_stages: int, config: ModelConfig, execution: Execution
-) -> Callable[[Params, Params, Array, MicroBatch, Array], StageOutput]:
-    """The pure function of a stage: its layers, after the embedding on the first and before the heads on the last."""
+def _make_stage(cut: Cut, n_stages: int, config: ModelConfig, execution: Execution) -> Stage:
+    """Of every stage: its layers, after the embedding on the first; before the heads on the last."""
 
     def run_stack(kind: str, own: Params, bias: Array, x: Array, tokens: Array, stage: Array) -> tuple[Array, LayerReports]:
         counts = cut.count[kind]
@@ -155,21 +154,23 @@ def _make_stage(
         unroll = bias.shape[0] <= UNROLLED_LAYERS
         return scan_blocks(own[kind], bias, x, token_context(tokens, execution), config, execution, kind == "moe", count, unroll)
 
-    def stage(own: Params, shared: Params, x: Array, micro: MicroBatch, index: Array) -> StageOutput:
+    def run(own: Params, shared: Params, x: Array, micro: MicroBatch, index: Array) -> tuple[Array, LayerReports]:
         tokens, e = micro.rows[:, :-1], config.n_routed_experts
         x = jax.lax.cond(index == 0, lambda: embed(shared, tokens, execution.dtype), lambda: x)
         if "dense" in own:
             no_bias = jnp.zeros((cut.layers["dense"].shape[1], e))
             x, _ = run_stack("dense", own, no_bias, x, tokens, index)
-        load, balance_loss, fullness = jnp.zeros((0, e)), jnp.zeros(()), jnp.zeros(())
         if "moe" in own:
-            x, out = run_stack("moe", own, own["bias"], x, tokens, index)
-            load, balance_loss, fullness = out.load, out.balance_loss.sum(), out.fullness.max()
-        losses = _losses(shared, TrunkOutput(x, load, balance_loss, fullness), micro.rows, index == n_stages - 1, config, execution)
-        losses = jax.tree.map(lambda value: micro.used * value, losses)
-        return StageOutput(x, objective(losses, micro.counts, micro.mtp_weight, micro.balance_weight), losses)
+            return run_stack("moe", own, own["bias"], x, tokens, index)
+        return x, LayerReports(jnp.zeros((0, e)), jnp.zeros(0), jnp.zeros(0))
 
-    return stage
+    def score(shared: Params, y: Array, layers: LayerReports, micro: MicroBatch, index: Array) -> tuple[Array, Losses]:
+        out = TrunkOutput(y, layers.load, layers.balance_loss.sum(), layers.fullness.max(initial=0.0))
+        losses = _losses(shared, out, micro.rows, index == n_stages - 1, config, execution)
+        losses = jax.tree.map(lambda value: micro.used * value, losses)
+        return objective(losses, micro.counts, micro.mtp_weight, micro.balance_weight), losses
+
+    return Stage(run, score)
 
 
 def _losses(shared: Params, out: TrunkOutput, rows: Array, is_last: Array, config: ModelConfig, execution: Execution) -> Losses:

@@ -213,7 +213,8 @@ def test_memory_of_v3_on_a_pipeline():
     assert items["gathered"].per_device == 4 * (2 * own + shared)
     assert items["gradients"].per_device == 4 * (2 * own + shared + own + shared + 7168 * 129280)
     assert items["master"].per_device == pytest.approx(4 * (671.03e9 + 11.61e9) / 2048, rel=1e-2)  # a few small ones are cut less
-    inputs = (4 + 3) + 2 + 2 + (16 + 2 + 2)  # of the layers of one stage, the MTP module and both heads, and of stages that wait
+    kept = 16 + 1 + 1  # micro-batches of which layers keep their inputs, and a slot that nobody reads
+    inputs = (4 + 3) * kept + 2 + 2 + (16 + 2 + 2) + kept  # of layers, the MTP module and both heads; of stages, with their outputs
     gradients = lower(make_schedule("dualpipe", 16, 40)).slots["gradient"]
     assert items["activations"].per_device == (inputs + gradients) * 4096 * 7168 * 2
     longer = change(config, train={"batch_size": 128 * 120})

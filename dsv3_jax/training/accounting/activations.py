@@ -23,20 +23,21 @@ def activation_bytes(config: Config, remat: str | None = None) -> dict[str, int]
     """Bytes kept for the backward pass of one micro-batch over all devices, by section.
 
     `remat`: another policy than the configuration's. Of the heads' input the gradient is kept, which the loss
-    makes in its forward pass. On a pipeline those of one rank: of the stage that it runs, and what waits for its backward pass.
+    makes in its forward pass. On a pipeline those of one rank: of its stages, and what waits for its backward pass.
     """
-    model, train = config.model, config.train
+    model, train, room = config.model, config.train, room_of_rank(config)
     tokens, itemsize = train.micro_batch_size * train.sequence_length, jnp.dtype(train.compute_dtype).itemsize
     policy = remat or train.remat
     heads, d = 1 + model.num_nextn_predict_layers, model.hidden_size
     # A MTP module takes an embedding beside the hidden state.
     extra = {"dense": 0, "moe": 0, "mtp": tokens * d * itemsize}
+    at_once = {"dense": room.kept, "moe": room.kept, "mtp": 1}  # the heads of a micro-batch run in its backward pass
     layers = {
-        section: count * (extra[section] + sum(layer_activations(config, section != "dense", policy).values()))
-        for section, count in (layers_of(model) | room_of_rank(config).layers).items()
+        section: at_once[section] * count * (extra[section] + sum(layer_activations(config, section != "dense", policy).values()))
+        for section, count in (layers_of(model) | room.layers).items()
         if section in extra and count
     }
-    return {**layers, "heads": heads * tokens * d * itemsize, "waiting": room_of_rank(config).slots * tokens * d * itemsize}
+    return {**layers, "heads": heads * tokens * d * itemsize, "waiting": room.slots * tokens * d * itemsize}
 
 
 def recomputed_bytes(config: Config) -> int:
