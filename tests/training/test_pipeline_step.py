@@ -66,8 +66,9 @@ UNEVEN = {"first_k_dense_replace": 2, "aux_loss_alpha": 0.05}
 
 
 @pytest.mark.slow
-def test_dualpipe_gives_the_gradients_and_losses_of_the_unpipelined_model():
-    assert_equal(make_schedule("dualpipe", 2, 6), small.model(num_hidden_layers=5, **UNEVEN), Execution(document_eos=0, remat="full"))
+@pytest.mark.parametrize(("layers", "remat"), [(5, "full"), (13, "selective")], ids=["written out", "in loops"])
+def test_dualpipe_gives_the_gradients_and_losses_of_the_unpipelined_model(layers, remat):
+    assert_equal(make_schedule("dualpipe", 2, 6), small.model(num_hidden_layers=layers, **UNEVEN), Execution(document_eos=0, remat=remat))
 
 
 @pytest.mark.slow
