@@ -68,9 +68,24 @@ def _keep_programs() -> None:
 
     A program is known by its code, JAX's version and the kind of device. JAX_ENABLE_COMPILATION_CACHE=false keeps none.
     """
+    if folder := _programs_folder():
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+
+
+def keep_no_programs() -> None:
+    """Undoes that, for one of several processes; a folder that the user named stays.
+
+    Only the first of them writes. Where they share no folder it alone would find its program, while the others compile
+    and wait for its share of XLA's autotuning.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") == _programs_folder():
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+
+def _programs_folder() -> str | None:
+    """None for a user without a home."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(caches):  # who has no home has no cache
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dsv3_jax", "programs"))
+    return os.path.join(caches, "dsv3_jax", "programs") if os.path.isabs(caches) else None
 
 
 def fake_devices(count: int, only_compile: bool = False) -> None:

@@ -114,6 +114,15 @@ def test_where_a_command_keeps_compiled_programs(keeps: bool, given: dict[str, s
     assert (done.returncode, done.stdout) == (0, f"{folder}\n"), done.stderr
 
 
+@pytest.mark.parametrize(("given", "folder"), [({}, None), ({"JAX_COMPILATION_CACHE_DIR": "/shared"}, "/shared")])
+def test_one_of_several_processes_keeps_programs_only_where_it_is_told_to(given: dict[str, str], folder: str | None):
+    shown = "cli.keep_no_programs(), print(__import__('jax').config.jax_compilation_cache_dir)"
+    code = f"from experiments import cli; cli.run(lambda: ({shown}) and None)"
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | given, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{folder}\n"), done.stderr
+
+
 def test_missing_workdir():
     assert_refused(run("pretrain", TINY), "--workdir", "None")
 
