@@ -30,10 +30,8 @@ def run(main: Callable[[], int | None], keeps_programs: bool = True) -> None:
     `keeps_programs`: what JAX compiles is kept for later starts. Commands that time compilation keep none.
     """
     _use_huge_pages()
-    if keeps_programs:
-        _keep_programs()
     try:
-        app.run(lambda _: _quietly(main), flags_parser=_parse)
+        app.run(lambda _: _quietly(main, keeps_programs), flags_parser=_parse)
     except (ConfigError, flags.Error) as error:
         fail(str(error))
     except ValueError as error:
@@ -42,12 +40,14 @@ def run(main: Callable[[], int | None], keeps_programs: bool = True) -> None:
         fail(str(error))
 
 
-def _quietly(main: Callable[[], int | None]) -> int:
+def _quietly(main: Callable[[], int | None], keeps_programs: bool) -> int:
     # absl's own format is made for servers, and orbax narrates every file at INFO through its logger.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax").setLevel(logging.WARNING)
     gc.set_threshold(100_000, 20, 20)  # tracing makes many objects that live on: to look for garbage among them takes a tenth of a start
+    if keeps_programs:
+        _keep_programs()
     return main() or 0
 
 
@@ -68,24 +68,12 @@ def _keep_programs() -> None:
 
     A program is known by its code, JAX's version and the kind of device. JAX_ENABLE_COMPILATION_CACHE=false keeps none.
     """
-    if folder := _programs_folder():
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
-
-
-def keep_no_programs() -> None:
-    """Undoes that, for one of several processes; a folder that the user named stays.
-
-    Only the first of them writes. Where they share no folder it alone would find its program, while the others compile
-    and wait for its share of XLA's autotuning.
-    """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") == _programs_folder():
-        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
-
-
-def _programs_folder() -> str | None:
-    """None for a user without a home."""
+    # Of several processes only the first writes. Where they share no folder it alone would find its program, while the others
+    # compile and wait for its share of XLA's autotuning.
+    one_of_several = any(FLAGS[name].value for name in ("distributed", "coordinator") if name in FLAGS)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(caches, "dsv3_jax", "programs") if os.path.isabs(caches) else None
+    if os.path.isabs(caches) and not one_of_several:  # who has no home has no cache
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dsv3_jax", "programs"))
 
 
 def fake_devices(count: int, only_compile: bool = False) -> None:

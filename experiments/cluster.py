@@ -6,7 +6,6 @@ from typing import NamedTuple
 from absl import flags
 
 from dsv3_jax.config import ConfigError
-from experiments import cli
 
 flags.disclaim_key_flags()  # the flags belong to the experiment that defines them, and show in its --help
 
@@ -25,7 +24,6 @@ class Cluster(NamedTuple):
         address = self._address()
         if address is None and not self.distributed.value:
             return nullcontext()
-        cli.keep_no_programs()
         from dsv3_jax.parallel.processes import Address, joined
 
         return joined(Address(*address) if address else None, self.heartbeat_timeout.value)

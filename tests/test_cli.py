@@ -96,30 +96,28 @@ def test_a_command_starts_again_to_ask_for_huge_pages():
     assert (done.returncode, done.stdout) == (0, "glibc.malloc.hugetlb=1\n" if asked else "None\n"), done.stderr
 
 
+SEVERAL = ["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=0"]
+
+
 @pytest.mark.parametrize(
-    ("keeps", "given", "folder"),
+    ("keeps", "arguments", "given", "folder"),
     [
-        (True, {"HOME": "/home/a"}, "/home/a/.cache/dsv3_jax/programs"),
-        (True, {"HOME": "/home/a", "XDG_CACHE_HOME": "/caches"}, "/caches/dsv3_jax/programs"),
-        (True, {"HOME": "/home/a", "JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
-        (True, {"HOME": "/home/a", "XDG_CACHE_HOME": "relative"}, None),
-        (False, {"HOME": "/home/a"}, None),
+        (True, [], {}, "/home/a/.cache/dsv3_jax/programs"),
+        (True, [], {"XDG_CACHE_HOME": "/caches"}, "/caches/dsv3_jax/programs"),
+        (True, [], {"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+        (True, [], {"XDG_CACHE_HOME": "relative"}, None),
+        (False, [], {}, None),
+        (True, SEVERAL, {}, None),
+        (True, ["--distributed"], {}, None),
+        (True, SEVERAL, {"JAX_COMPILATION_CACHE_DIR": "/shared"}, "/shared"),
     ],
 )
-def test_where_a_command_keeps_compiled_programs(keeps: bool, given: dict[str, str], folder: str | None):
+def test_where_a_command_keeps_compiled_programs(keeps: bool, arguments: list[str], given: dict[str, str], folder: str | None):
     shown = "print(__import__('jax').config.jax_compilation_cache_dir)"
-    code = f"from experiments import cli; cli.run(lambda: {shown}, keeps_programs={keeps})"
-    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | given, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (0, f"{folder}\n"), done.stderr
-
-
-@pytest.mark.parametrize(("given", "folder"), [({}, None), ({"JAX_COMPILATION_CACHE_DIR": "/shared"}, "/shared")])
-def test_one_of_several_processes_keeps_programs_only_where_it_is_told_to(given: dict[str, str], folder: str | None):
-    shown = "cli.keep_no_programs(), print(__import__('jax').config.jax_compilation_cache_dir)"
-    code = f"from experiments import cli; cli.run(lambda: ({shown}) and None)"
-    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | given, capture_output=True, text=True, timeout=60)
+    code = f"from experiments import cli, cluster; cluster.define_flags(); cli.run(lambda: {shown}, keeps_programs={keeps})"
+    kept = {name: value for name, value in os.environ.items() if name not in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")}
+    environment = kept | {"HOME": "/home/a"} | given
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, f"{folder}\n"), done.stderr
 
 

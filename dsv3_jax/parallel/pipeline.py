@@ -57,6 +57,7 @@ class PipelineOutput(NamedTuple):
 
 
 Addition = Callable[[Any, Any], Any]  # of two trees of metrics; zeros must change nothing
+Buffers = dict[str, PyTree]  # by payload, slots on a leading axis; or one value of each
 
 
 def add(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
@@ -98,9 +99,6 @@ def run_pipeline(
 
     (_, sums), _ = jax.lax.scan(tick, (buffers, passes.no_sums(metrics)), rows)
     return sums
-
-
-Buffers = dict[str, PyTree]  # by payload, slots on a leading axis; or one value of each
 
 
 def _exchange(buffers: Buffers, results: Buffers, slots: dict[Channel, Array], ranks: int) -> Buffers:
