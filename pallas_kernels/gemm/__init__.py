@@ -69,8 +69,7 @@ def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: 
     config = choose(product, a.shape, b.shape, sms, n_groups, rows_together)
     inside, outside = (addend, None) if rows == padded_rows else (None, addend)
     a_scales = _whole_lines(a_scales, config.block_m)
-    if product.scales == "row":
-        b_scales = _whole_lines(b_scales, config.block_n)
+    b_scales = _whole_lines(b_scales, config.block_n if product.scales == "row" else 4)
     out = hopper.multiply(product, config, a, a_scales, b, b_scales, index, inside, n_groups=n_groups, sm_count=sms)
     out = out[..., :rows, :]
     return out if outside is None else out + outside

@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gemm.product import GROUP, SWIZZLE, WAVE, Product, TuningConfig
 from pallas_kernels.memory import tiled
 
+_LINE, _ALIGNED = 4, 32  # float32 numbers: the least that TMA copies, and the distance of places that it copies to
 _COLUMNS = 32  # whose scales a thread holds at a time in Wgrad
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -49,9 +50,9 @@ def multiply(
 ) -> jax.Array:
     """Runs the kernel. Shapes by `product.groups`, with steps = ceil(k / 128):
 
-    none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps] or [steps, n]
-    rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps]
-    masked       a [e, m, k]  a_scales [e, steps, m]  b [e, n, k]  b_scales [e, n / 128, steps]
+    none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps] (in whole fours) or [steps, n]
+    rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps], so too
+    masked       a [e, m, k]  a_scales [e, steps, m]  b [e, n, k]  b_scales the same
     contraction  a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [steps, n]
     pieces       the same; every group has as many steps
 
@@ -64,12 +65,12 @@ def multiply(
     if addend is not None and (addend.shape, addend.dtype) != (kernel.out_shape, product.out):
         raise ValueError(f"addend: {addend.dtype}{list(addend.shape)}: has to be {product.out}{list(kernel.out_shape)}, as the output")
     operands = {name: x for name, x in zip(_OPERANDS, (a, a_scales, b, b_scales, index), strict=True) if x is not None}
-    clusters: dict[str, Any] = dict(cluster=(2,), cluster_names=("cluster",)) if config.cluster else {}
+    clusters: dict[str, Any] = dict(cluster=(config.cluster_size,), cluster_names=("cluster",)) if config.cluster else {}
     run = plgpu.kernel(
         functools.partial(_body, kernel, list(operands)),
         out_type=jax.ShapeDtypeStruct(kernel.out_shape, product.out) if addend is None else (),
         scratch_types=kernel.scratch(a.dtype),
-        grid=(sm_count // (2 if config.cluster else 1),),
+        grid=(config.clusters(sm_count),),
         grid_names=("sm",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -129,13 +130,31 @@ class _Kernel:
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Tiles along m and n; with a cluster, pairs of them along one."""
+        """Tiles along m and n; with a cluster, as many together as it has blocks."""
         return pl.cdiv(self.m, self.config.rows), pl.cdiv(self.n, self.config.columns)
 
     @property
     def chunk(self) -> int:
         """Columns of a tile that are promoted together: they share a scale of b, or few enough of them fit into registers."""
         return math.gcd(self.config.block_n, {"block": GROUP, "row": _COLUMNS, "none": self.config.block_n}[self.product.scales])
+
+    @property
+    def blocks(self) -> int:
+        """Most blocks of b that columns of a tile belong to."""
+        return (GROUP - self.chunk + self.config.block_n - 1) // GROUP + 1
+
+    @property
+    def reads_ahead(self) -> bool:
+        return self.product.scales == "block" and self.config.scales_ahead
+
+    @property
+    def lines(self) -> int:
+        """How many copies bring the scales of b of a step."""
+        return {"none": 0, "row": 1, "block": 0 if self.reads_ahead else self.blocks}[self.product.scales]
+
+    def block_of(self, column: jax.Array) -> jax.Array:
+        """The block of b that a column belongs to; columns past the end count to the last."""
+        return lax.min(lax.div(column, GROUP), pl.cdiv(self.n, GROUP) - 1)
 
     @property
     def store_columns(self) -> int:
@@ -154,22 +173,23 @@ class _Kernel:
         c = self.config
         out = jnp.dtype(self.product.out)
         swizzle = plgpu.find_swizzle(self.store_columns * out.itemsize * 8)
-        copies = {"none": 1, "block": 2, "row": 2}[self.product.scales]
+        copies = 1 if self.product.scales == "none" else 2  # of an operand: itself and its scales
         free: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.stages)
         scratch = dict(
             a_slots=tiled(c.stages, *self._slot("a", c.block_m), swizzle=SWIZZLE, dtype=dtype),
             b_slots=tiled(c.stages, *self._slot("b", c.block_n), swizzle=SWIZZLE, dtype=dtype),
             out_slots=tiled(c.warpgroups, c.store_slots, WAVE, self.store_columns, swizzle=swizzle, dtype=out),
-            # The first wave also waits for b (and its row scales).
-            filled=plgpu.Barrier(num_arrivals=copies * 2 if self.product.scales == "row" else copies + 1, num_barriers=c.stages),
+            # The first wave also waits for b.
+            filled=plgpu.Barrier(num_arrivals=copies + 1 + self.lines, num_barriers=c.stages),
             freed=plgpu.ClusterBarrier(collective_axes=("cluster",), **free) if c.cluster else plgpu.Barrier(**free),
         )
         if c.waves == 2:
             scratch["filled_too"] = plgpu.Barrier(num_arrivals=copies, num_barriers=c.stages)
         if self.product.scales != "none":
             scratch["a_scale_slots"] = plgpu.SMEM((c.stages, c.block_m), jnp.float32)
-        if self.product.scales == "row":
-            scratch["b_scale_slots"] = plgpu.SMEM((c.stages, c.block_n), jnp.float32)
+        if self.lines:
+            line = (c.block_n,) if self.product.scales == "row" else (self.blocks, _ALIGNED)
+            scratch["b_scale_slots"] = plgpu.SMEM((c.stages, *line), jnp.float32)
         return scratch
 
 
@@ -205,11 +225,11 @@ def _locate(kernel: _Kernel, refs: Any, index: tuple[jax.Array, ...]) -> _Tile:
 
 
 def _corner(config: TuningConfig, mi: jax.Array, ni: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First row and column of a tile; a cluster holds a pair of tiles."""
+    """First row and column of a tile; a cluster holds neighbours."""
     if config.cluster == "m":
-        mi = mi * 2 + lax.axis_index("cluster")
+        mi = mi * config.cluster_size + lax.axis_index("cluster")
     if config.cluster == "n":
-        ni = ni * 2 + lax.axis_index("cluster")
+        ni = ni * config.cluster_size + lax.axis_index("cluster")
     return mi * config.block_m, ni * config.block_n
 
 
@@ -305,11 +325,21 @@ def _copy_a(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Arr
 def _copy_b(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Array) -> None:
     c = kernel.config
     axes = "cluster" if c.cluster == "m" else None
-    b = refs["b"].at[tile.group] if kernel.product.groups in ("rows", "masked") else refs["b"]
+    b = _of_weights(kernel, refs, "b", tile)
     filled = refs["filled"].at[slot]
     plgpu.copy_gmem_to_smem(b.at[kernel.window("b", tile.column, c.block_n, k)], refs["b_slots"].at[slot], filled, collective_axes=axes)
+    if kernel.product.scales == "block" and not kernel.reads_ahead:
+        scales = _of_weights(kernel, refs, "b_scales", tile)
+        for i in range(kernel.blocks):
+            line = scales.at[kernel.block_of(tile.column + i * GROUP), pl.ds(k & -_LINE, _LINE)]
+            plgpu.copy_gmem_to_smem(line, refs["b_scale_slots"].at[slot, i, pl.ds(0, _LINE)], filled)
     if kernel.product.scales == "row":
         plgpu.copy_gmem_to_smem(refs["b_scales"].at[k, pl.ds(tile.column, c.block_n)], refs["b_scale_slots"].at[slot], filled)
+
+
+def _of_weights(kernel: _Kernel, refs: Any, name: Literal["b", "b_scales"], tile: _Tile) -> Any:
+    """What belongs to the tile's expert, if weights have one."""
+    return refs[name].at[tile.group] if kernel.product.groups in ("rows", "masked") else refs[name]
 
 
 # --- consumers ---
@@ -415,12 +445,12 @@ def _single_step(
     kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, k: jax.Array, slot: jax.Array, sums: Any
 ) -> tuple[jax.Array, Any]:
     c = kernel.config
-    b_scales = _block_scales(kernel, refs, tile, k)
+    ahead = _ahead(kernel, refs, tile, k)
     new: list[Any] = []
     for wave in range(c.waves):
         # A wait opens a basic block, which keeps ptxas from holding the partial sums of both waves at once.
         plgpu.barrier_wait(refs["filled_too" if wave else "filled"].at[slot])
-        scales = _scales(kernel, refs, warpgroup, wave, slot, b_scales)
+        scales = _scales(kernel, refs, warpgroup, tile, wave, k, slot, ahead)
         release = wave == c.waves - 1
 
         def scope(acc: Any, wave: int = wave, release: bool = release) -> jax.Array:
@@ -445,9 +475,9 @@ def _overlapped_block(
         return (_promote(kernel, refs, slot, partial, scales, sums[0], release=True),)
 
     def issue(u: int, slot: jax.Array, sums: Any, before: Any) -> tuple[jax.Array, Any]:
-        b_scales = _block_scales(kernel, refs, tile, first + u)
+        ahead = _ahead(kernel, refs, tile, first + u)
         plgpu.barrier_wait(refs["filled"].at[slot])
-        scales = _scales(kernel, refs, warpgroup, 0, slot, b_scales)
+        scales = _scales(kernel, refs, warpgroup, tile, 0, first + u, slot, ahead)
 
         def scope(acc: Any) -> tuple[jax.Array, Any]:
             _multiply(kernel, refs, warpgroup, 0, slot, acc)
@@ -463,25 +493,28 @@ def _overlapped_block(
     return issue(0, slot, sums, None)
 
 
-def _block_scales(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array) -> list[jax.Array] | None:
-    """The scale of b for each chunk of the tile's columns, read from global memory ahead of the wait for the slot."""
-    if kernel.product.scales != "block":
-        return None
-    scales = refs["b_scales"].at[tile.group] if kernel.product.groups in ("rows", "masked") else refs["b_scales"]
-    last = pl.cdiv(kernel.n, GROUP) - 1
-    blocks = [lax.min(lax.div(tile.column + column, GROUP), last) for column in range(0, kernel.config.block_n, kernel.chunk)]
-    return [scales[block, k] for block in blocks]
+def _ahead(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array) -> list[jax.Array]:
+    """The scale of b for each chunk of the tile's columns, where it is read from global memory ahead of the wait for a slot."""
+    if not kernel.reads_ahead:
+        return []
+    scales, columns = _of_weights(kernel, refs, "b_scales", tile), range(0, kernel.config.block_n, kernel.chunk)
+    return [scales[kernel.block_of(tile.column + column), tile.first_step + k] for column in columns]
 
 
 def _scales(
-    kernel: _Kernel, refs: Any, warpgroup: jax.Array, wave: int, slot: jax.Array, b_scales: list[jax.Array] | None
+    kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, wave: int, k: jax.Array, slot: jax.Array, ahead: list[jax.Array]
 ) -> list[jax.Array]:
     """For each chunk of columns what rows of a wave's partial sums are multiplied by; scales of single columns come later."""
     rows = pl.ds(_rows_of(kernel, warpgroup, wave), WAVE)
     a_scale = plgpu.load(refs["a_scale_slots"].at[slot, rows], layout=_ROW)
-    if b_scales is None:
-        return [a_scale] * (kernel.config.block_n // kernel.chunk)
-    return [a_scale * b_scale for b_scale in b_scales]
+    columns = range(0, kernel.config.block_n, kernel.chunk)
+    if kernel.product.scales == "row":
+        return [a_scale for _ in columns]
+    if ahead:
+        return [a_scale * b_scale for b_scale in ahead]
+    first = kernel.block_of(tile.column)
+    blocks = [kernel.block_of(tile.column + column) - first if kernel.blocks > 1 else 0 for column in columns]
+    return [a_scale * refs["b_scale_slots"][slot, block, (tile.first_step + k) & (_LINE - 1)] for block in blocks]
 
 
 def _end_reads() -> None:

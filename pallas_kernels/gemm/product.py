@@ -19,20 +19,31 @@ class TuningConfig:
     warpgroups: int = 2  # consumers; they share the rows of a tile
     stages: int = 6
     overlap: int = 4  # K steps of a block in which promotion runs under the next product
-    cluster: Literal["", "m", "n"] = ""  # two thread blocks share the B ("m": neighbours along m) or the A tile ("n")
+    cluster: Literal["", "m", "n"] = ""  # thread blocks share the B ("m": neighbours along m) or the A tile ("n")
+    sharing: Literal[2, 4] = 2  # so many, in a cluster
+    scales_ahead: bool = False  # scales of blocks of b are read from global memory ahead of a step, not copied with it
     raster: tuple[int, int] = (0, 8)  # minor dimension and width of the snake in which tiles are visited
     store_slots: int = 1
     store_bytes: int = 128  # a row of a slot
 
     @property
+    def cluster_size(self) -> int:
+        """Thread blocks of a cluster."""
+        return self.sharing if self.cluster else 1
+
+    def clusters(self, sm_count: int) -> int:
+        """How many run at once. Multiprocessors come in groups that a cluster does not cross: of four blocks 28 fit an H200, 32 did not."""
+        return max(1, sm_count * 7 // 33 if self.cluster_size == 4 else sm_count // self.cluster_size)
+
+    @property
     def rows(self) -> int:
         """Rows of the tiles that a cluster, or a block without one, takes at once."""
-        return self.block_m * (2 if self.cluster == "m" else 1)
+        return self.block_m * (self.cluster_size if self.cluster == "m" else 1)
 
     @property
     def columns(self) -> int:
         """Columns of the same."""
-        return self.block_n * (2 if self.cluster == "n" else 1)
+        return self.block_n * (self.cluster_size if self.cluster == "n" else 1)
 
     @property
     def waves(self) -> int:

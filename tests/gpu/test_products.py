@@ -17,7 +17,7 @@ class TestSmall(ProductCases):
 class TestFull(TestSmall):
     """Sizes of training; n and k are no multiples of a tile."""
 
-    dense = [(4100, 2112, 7168), (64, 7168, 2048), (1000, 4096, 7184)]  # noqa: RUF012
+    dense = [(4100, 2112, 7168), (64, 7168, 2048), (1000, 4096, 7184), (64, 4304, 8192), (100, 4304, 9216)]  # noqa: RUF012
     wgrads = [(2048, 7168, 4096), (2064, 1040, 1024)]  # noqa: RUF012
     pieced = (2048, 576, 32768)
     width, depth = 2064, 7184

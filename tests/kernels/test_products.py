@@ -48,7 +48,13 @@ SCHEMES = {
     "one warpgroup": TuningConfig(64, 48, warpgroups=1, stages=4, overlap=2),
     "pairs along m": TuningConfig(cluster="m", overlap=2, stages=4),
     "pairs along n": TuningConfig(64, 96, warpgroups=1, cluster="n", overlap=1, stages=3, raster=(1, 2), store_slots=2),
+    "four along n": TuningConfig(64, 48, warpgroups=1, cluster="n", sharing=4, overlap=2, stages=3),
+    "scales ahead": TuningConfig(64, 96, warpgroups=1, overlap=1, stages=3, scales_ahead=True),
 }
+
+
+def whole_fours(scales):
+    return jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % 4)))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -56,7 +62,8 @@ def test_every_scheme_gives_the_product(scheme):
     """Sizes that divide nothing: rows, columns and K steps (5, one of them partial) all have a rest."""
     rng = np.random.default_rng(0)
     a, b = Rows(rough(rng, 200, 592)), Blocks(rough(rng, 208, 592))
-    arguments = Product(), SCHEMES[scheme], a.values, a.scales, b.values, b.scales
+    config = SCHEMES[scheme]
+    arguments = Product(), config, a.values, a.scales, b.values, whole_fours(b.scales)
     out = interpreted(lambda: hopper.multiply(*arguments, sm_count=2))
     assert_near(out, a.full @ b.full.T, BF16_ERROR)
 
@@ -131,6 +138,16 @@ def test_the_model_picks_what_measured_best():
     assert block(64, 2112, 7168).block_n == 16
 
 
+def test_four_blocks_share_the_rows_of_a_product_that_reads_weights():
+    """Only where their clusters run at once: 28 of the 33 that an H200 has multiprocessors for."""
+    sharing = lambda m, n, k: tiles.choose(Product(), (m, k), (n, k), 132).cluster_size  # noqa: E731
+    assert [sharing(m, 7168, 16384) for m in (1, 64, 128)] == [4, 4, 4]
+    assert [sharing(64, n, 7168) for n in (2112, 4096)] == [1, 1]  # more, smaller tiles
+    assert sharing(128, 28 * 4 * 64 + 64, 16384) != 4
+    four = TuningConfig(cluster="n", sharing=4)
+    assert [four.clusters(sms) for sms in (2, 132)] == [1, 28]
+
+
 def test_no_large_tile_leaves_two_or_three_steps_behind_a_block():
     """ptxas would serialize every product (C7512, 256 bytes of spills): k = 1408 and 2304 are such, and many numbers of tokens."""
     for steps in range(1, 40):
@@ -171,7 +188,7 @@ def test_a_product_of_several_bands_has_every_tile(monkeypatch):
     a, b = Rows(rough(rng, 21 * 64, 128)), Blocks(rough(rng, 48, 128))
     config = tiles.in_bands(SCHEMES["one warpgroup"], 21 * 64, 128)
     assert config.raster == (0, 11)
-    out = interpreted(lambda: hopper.multiply(Product(), config, a.values, a.scales, b.values, b.scales, sm_count=2))
+    out = interpreted(lambda: hopper.multiply(Product(), config, a.values, a.scales, b.values, whole_fours(b.scales), sm_count=2))
     assert_near(out, a.full @ b.full.T, BF16_ERROR)
 
 
