@@ -23,10 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gemm.product import GROUP, SWIZZLE, WAVE, Product, TuningConfig
+from pallas_kernels.gemm.product import GROUP, LINE, SWIZZLE, WAVE, Product, TuningConfig
 from pallas_kernels.memory import tiled
 
-_LINE, _ALIGNED = 4, 32  # float32 numbers: the least that TMA copies, and the distance of places that it copies to
+_ALIGNED = 32  # float32 numbers between the places that TMA copies to
 _COLUMNS = 32  # whose scales a thread holds at a time in Wgrad
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -50,12 +50,13 @@ def multiply(
 ) -> jax.Array:
     """Runs the kernel. Shapes by `product.groups`, with steps = ceil(k / 128):
 
-    none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps] (in whole fours) or [steps, n]
-    rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps], so too
+    none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps] or [steps, n]
+    rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps]
     masked       a [e, m, k]  a_scales [e, steps, m]  b [e, n, k]  b_scales the same
     contraction  a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [steps, n]
     pieces       the same; every group has as many steps
 
+    Steps of b_scales with blocks come in whole fours, unless they are read ahead.
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
     use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
     operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. The product is added to `addend`, of
@@ -328,11 +329,11 @@ def _copy_b(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Arr
     b = _of_weights(kernel, refs, "b", tile)
     filled = refs["filled"].at[slot]
     plgpu.copy_gmem_to_smem(b.at[kernel.window("b", tile.column, c.block_n, k)], refs["b_slots"].at[slot], filled, collective_axes=axes)
-    if kernel.product.scales == "block" and not kernel.reads_ahead:
+    if kernel.product.scales == "block":
         scales = _of_weights(kernel, refs, "b_scales", tile)
-        for i in range(kernel.blocks):
-            line = scales.at[kernel.block_of(tile.column + i * GROUP), pl.ds(k & -_LINE, _LINE)]
-            plgpu.copy_gmem_to_smem(line, refs["b_scale_slots"].at[slot, i, pl.ds(0, _LINE)], filled)
+        for i in range(kernel.lines):
+            line = scales.at[kernel.block_of(tile.column + i * GROUP), pl.ds(k & -LINE, LINE)]
+            plgpu.copy_gmem_to_smem(line, refs["b_scale_slots"].at[slot, i, pl.ds(0, LINE)], filled)
     if kernel.product.scales == "row":
         plgpu.copy_gmem_to_smem(refs["b_scales"].at[k, pl.ds(tile.column, c.block_n)], refs["b_scale_slots"].at[slot], filled)
 
@@ -514,7 +515,7 @@ def _scales(
         return [a_scale * b_scale for b_scale in ahead]
     first = kernel.block_of(tile.column)
     blocks = [kernel.block_of(tile.column + column) - first if kernel.blocks > 1 else 0 for column in columns]
-    return [a_scale * refs["b_scale_slots"][slot, block, (tile.first_step + k) & (_LINE - 1)] for block in blocks]
+    return [a_scale * refs["b_scale_slots"][slot, block, (tile.first_step + k) & (LINE - 1)] for block in blocks]
 
 
 def _end_reads() -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 GROUP = 128  # contraction elements under one scale, and the columns under one scale of a weight block
 SWIZZLE = 128  # bytes: one row of an operand slot
 WAVE = 64  # rows of one wgmma
+LINE = 4  # float32 numbers that TMA copies at least
 
 Groups = Literal["none", "rows", "masked", "contraction", "pieces"]
 
