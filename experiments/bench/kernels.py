@@ -85,9 +85,10 @@ def rows() -> list[Row]:
         table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k))
     for m, n, k in (*WGRAD, *PIECES):
         shapes = ((m, k), f8), ((k // 128, m), f32), ((n, k), f8), ((k // 128, n), f32)
-        table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k, several=(m, n, k) in PIECES))
+        table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k, several=True))
         question = {"kind": "wgrad", "m": m, "n": n, "k": k}
-        table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, (*shapes, ((m, n), f32)), 2 * m * n * k, question=question))
+        with_addend = *shapes, ((m, n), f32)
+        table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, with_addend, 2 * m * n * k, several=True, question=question))
     for e, each in GROUPS:
         for n, k in EXPERT:
             m, together, owners = e * each, each // 128, jnp.repeat(jnp.arange(e, dtype=jnp.int32), each // 128)
@@ -109,7 +110,7 @@ def rows() -> list[Row]:
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
     run = lambda a, sa, b, sb: grouped_gemm.grouped_wgrad(a, sa, b, sb, first)  # noqa: E731
     question = {"kind": "grouped wgrad", "groups": e, "m": m, "n": n, "k": k}
-    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, 2 * e * m * n * k, question=question)]
+    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, 2 * e * m * n * k, several=True, question=question)]
 
 
 def _uneven(tiles: int) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.gemm import reference
+from pallas_kernels.gemm.parts import in_parts
 from pallas_kernels.gemm.product import LINE, SWIZZLE, Product
 from pallas_kernels.gemm.tiles import choose, pieces, sizes
 
@@ -69,8 +70,10 @@ def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: 
     config = choose(product, a.shape, b.shape, sms, n_groups, rows_together)
     inside, outside = (addend, None) if rows == padded_rows else (None, addend)
     a_scales = _whole_lines(a_scales, config.block_m)
-    copied = 1 if config.scales_ahead else LINE  # of the scales of a row of blocks, at once
-    b_scales = _whole_lines(b_scales, config.block_n if product.scales == "row" else copied)
+    b_scales = _whole_lines(b_scales, config.block_n if product.scales == "row" else LINE)
+    if product.scales == "row":
+        assert a_scales is not None and b_scales is not None
+        a_scales, b_scales = in_parts(a_scales, left=True), in_parts(b_scales, left=False)
     out = hopper.multiply(product, config, a, a_scales, b, b_scales, index, inside, n_groups=n_groups, sm_count=sms)
     out = out[..., :rows, :]
     return out if outside is None else out + outside

@@ -7,14 +7,15 @@ cores sum into fresh registers; these are then scaled and added to float32 sums 
 ("promotion", V3 sec. 3.3.2, figure 7b). One producer warpgroup keeps TMA copies in flight over `stages` slots of
 shared memory, one or more consumer warpgroups multiply, and every SM walks over output tiles (persistent kernel).
 
-What keeps the tensor cores busy while the CUDA cores promote is one of two schemes:
-  overlap > 1   each warpgroup issues step k + 1 before it promotes step k, in blocks of `overlap` steps
-  overlap == 1  warpgroups take turns by themselves; with 128 rows a warpgroup, as two waves of 64
+What keeps the tensor cores busy while the CUDA cores promote is one of two schemes, with several K steps written out:
+  in turn      each warpgroup promotes when its product is done; meanwhile the tensor cores work for another one
+  overlapped   it issues step k + 1 before it promotes step k
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -23,13 +24,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gemm import wgmma
+from pallas_kernels.gemm.parts import ROWS
 from pallas_kernels.gemm.product import GROUP, LINE, SWIZZLE, WAVE, Product, TuningConfig
 from pallas_kernels.memory import tiled
 
 _ALIGNED = 32  # float32 numbers between the places that TMA copies to
-_COLUMNS = 32  # whose scales a thread holds at a time in Wgrad
 _ROW = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
@@ -50,13 +51,14 @@ def multiply(
 ) -> jax.Array:
     """Runs the kernel. Shapes by `product.groups`, with steps = ceil(k / 128):
 
-    none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps] or [steps, n]
+    none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps]
     rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps]
     masked       a [e, m, k]  a_scales [e, steps, m]  b [e, n, k]  b_scales the same
     contraction  a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [steps, n]
     pieces       the same; every group has as many steps
 
-    Steps of b_scales with blocks come in whole fours, unless they are read ahead.
+    Steps of b_scales with blocks come in whole fours. Scales of single rows on both sides, as in the last two and in Wgrad
+    without groups, come `in_parts`: [steps, m / 8, 64] and [steps, n / 8, 64].
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
     use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
     operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. The product is added to `addend`, of
@@ -134,25 +136,6 @@ class _Kernel:
         """Tiles along m and n; with a cluster, as many together as it has blocks."""
         return pl.cdiv(self.m, self.config.rows), pl.cdiv(self.n, self.config.columns)
 
-    @property
-    def chunk(self) -> int:
-        """Columns of a tile that are promoted together: they share a scale of b, or few enough of them fit into registers."""
-        return math.gcd(self.config.block_n, {"block": GROUP, "row": _COLUMNS, "none": self.config.block_n}[self.product.scales])
-
-    @property
-    def blocks(self) -> int:
-        """Most blocks of b that columns of a tile belong to."""
-        return (GROUP - self.chunk + self.config.block_n - 1) // GROUP + 1
-
-    @property
-    def reads_ahead(self) -> bool:
-        return self.product.scales == "block" and self.config.scales_ahead
-
-    @property
-    def lines(self) -> int:
-        """How many copies bring the scales of b of a step."""
-        return {"none": 0, "row": 1, "block": 0 if self.reads_ahead else self.blocks}[self.product.scales]
-
     def block_of(self, column: jax.Array) -> jax.Array:
         """The block of b that a column belongs to; columns past the end count to the last."""
         return lax.min(lax.div(column, GROUP), pl.cdiv(self.n, GROUP) - 1)
@@ -160,7 +143,7 @@ class _Kernel:
     @property
     def store_columns(self) -> int:
         """Columns stored at once: TMA wants them to divide the output's."""
-        return math.gcd(self.config.store_bytes // jnp.dtype(self.product.out).itemsize, self.chunk, self.n)
+        return math.gcd(self.config.store_bytes // jnp.dtype(self.product.out).itemsize, self.config.block_n, self.n)
 
     def _slot(self, operand: str, size: int) -> tuple[int, int]:
         return (self.block_k, size) if self.turned[operand] else (size, self.block_k)
@@ -174,23 +157,20 @@ class _Kernel:
         c = self.config
         out = jnp.dtype(self.product.out)
         swizzle = plgpu.find_swizzle(self.store_columns * out.itemsize * 8)
-        copies = 1 if self.product.scales == "none" else 2  # of an operand: itself and its scales
         free: dict[str, Any] = dict(num_arrivals=c.warpgroups, num_barriers=c.stages)
         scratch = dict(
             a_slots=tiled(c.stages, *self._slot("a", c.block_m), swizzle=SWIZZLE, dtype=dtype),
             b_slots=tiled(c.stages, *self._slot("b", c.block_n), swizzle=SWIZZLE, dtype=dtype),
             out_slots=tiled(c.warpgroups, c.store_slots, WAVE, self.store_columns, swizzle=swizzle, dtype=out),
-            # The first wave also waits for b.
-            filled=plgpu.Barrier(num_arrivals=copies + 1 + self.lines, num_barriers=c.stages),
+            filled=plgpu.Barrier(num_arrivals=2 if self.product.scales == "none" else 4, num_barriers=c.stages),
             freed=plgpu.ClusterBarrier(collective_axes=("cluster",), **free) if c.cluster else plgpu.Barrier(**free),
         )
-        if c.waves == 2:
-            scratch["filled_too"] = plgpu.Barrier(num_arrivals=copies, num_barriers=c.stages)
-        if self.product.scales != "none":
+        if self.product.scales == "block":
             scratch["a_scale_slots"] = plgpu.SMEM((c.stages, c.block_m), jnp.float32)
-        if self.lines:
-            line = (c.block_n,) if self.product.scales == "row" else (self.blocks, _ALIGNED)
-            scratch["b_scale_slots"] = plgpu.SMEM((c.stages, *line), jnp.float32)
+            scratch["b_scale_slots"] = plgpu.SMEM((c.stages, _ALIGNED), jnp.float32)
+        if self.product.scales == "row":
+            for name, rows in (("a_scale_slots", c.block_m), ("b_scale_slots", c.block_n)):
+                scratch[name] = plgpu.SMEM((c.stages, rows // ROWS, wgmma.PARTS), jnp.bfloat16)
         return scratch
 
 
@@ -306,36 +286,36 @@ def _produce(kernel: _Kernel, refs: Any, side: Literal["a", "b"]) -> None:
 
 
 def _copy_a(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Array) -> None:
-    c = kernel.config
-    rows_of_wave = c.block_m // c.waves
-    axes = "cluster" if c.cluster == "n" else None
+    rows = kernel.config.block_m
+    axes = "cluster" if kernel.config.cluster == "n" else None
     masked = kernel.product.groups == "masked"
-    a, scales = (
-        (refs[name].at[tile.group] if masked else refs[name] for name in ("a", "a_scales")) if "a_scales" in refs else (refs["a"], None)
-    )
-    for wave in range(c.waves):
-        filled = refs["filled_too" if wave else "filled"].at[slot]
-        first = tile.row + wave * rows_of_wave
-        here = pl.ds(wave * rows_of_wave, rows_of_wave)
-        slots = refs["a_slots"].at[slot] if c.waves == 1 else refs["a_slots"].at[slot, here]
-        plgpu.copy_gmem_to_smem(a.at[kernel.window("a", first, rows_of_wave, k)], slots, filled, collective_axes=axes)
-        if scales is not None:
-            plgpu.copy_gmem_to_smem(scales.at[k, pl.ds(first, rows_of_wave)], refs["a_scale_slots"].at[slot, here], filled)
+    filled = refs["filled"].at[slot]
+    a = refs["a"].at[tile.group] if masked else refs["a"]
+    plgpu.copy_gmem_to_smem(a.at[kernel.window("a", tile.row, rows, k)], refs["a_slots"].at[slot], filled, collective_axes=axes)
+    if kernel.product.scales == "block":
+        scales = refs["a_scales"].at[tile.group] if masked else refs["a_scales"]
+        plgpu.copy_gmem_to_smem(scales.at[k, pl.ds(tile.row, rows)], refs["a_scale_slots"].at[slot], filled)
+    if kernel.product.scales == "row":
+        _copy_parts(refs, "a", tile.row, rows, k, slot)
 
 
 def _copy_b(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array, slot: jax.Array) -> None:
-    c = kernel.config
-    axes = "cluster" if c.cluster == "m" else None
-    b = _of_weights(kernel, refs, "b", tile)
+    columns = kernel.config.block_n
+    axes = "cluster" if kernel.config.cluster == "m" else None
     filled = refs["filled"].at[slot]
-    plgpu.copy_gmem_to_smem(b.at[kernel.window("b", tile.column, c.block_n, k)], refs["b_slots"].at[slot], filled, collective_axes=axes)
+    b = _of_weights(kernel, refs, "b", tile)
+    plgpu.copy_gmem_to_smem(b.at[kernel.window("b", tile.column, columns, k)], refs["b_slots"].at[slot], filled, collective_axes=axes)
     if kernel.product.scales == "block":
-        scales = _of_weights(kernel, refs, "b_scales", tile)
-        for i in range(kernel.lines):
-            line = scales.at[kernel.block_of(tile.column + i * GROUP), pl.ds(k & -LINE, LINE)]
-            plgpu.copy_gmem_to_smem(line, refs["b_scale_slots"].at[slot, i, pl.ds(0, LINE)], filled)
+        line = _of_weights(kernel, refs, "b_scales", tile).at[kernel.block_of(tile.column), pl.ds(k & -LINE, LINE)]
+        plgpu.copy_gmem_to_smem(line, refs["b_scale_slots"].at[slot, pl.ds(0, LINE)], filled)
     if kernel.product.scales == "row":
-        plgpu.copy_gmem_to_smem(refs["b_scales"].at[k, pl.ds(tile.column, c.block_n)], refs["b_scale_slots"].at[slot], filled)
+        _copy_parts(refs, "b", tile.column, columns, k, slot)
+
+
+def _copy_parts(refs: Any, side: Literal["a", "b"], first: jax.Array, rows: int, k: jax.Array, slot: jax.Array) -> None:
+    """Parts of the scales of some rows."""
+    parts = refs[f"{side}_scales"].at[k, pl.ds(lax.div(first, ROWS), rows // ROWS)]
+    plgpu.copy_gmem_to_smem(parts, refs[f"{side}_scale_slots"].at[slot], refs["filled"].at[slot])
 
 
 def _of_weights(kernel: _Kernel, refs: Any, name: Literal["b", "b_scales"], tile: _Tile) -> Any:
@@ -373,29 +353,21 @@ def _clear_rest(kernel: _Kernel, refs: Any, warpgroup: jax.Array) -> None:
 
 
 def _rows_of(kernel: _Kernel, warpgroup: jax.Array, wave: int) -> jax.Array:
-    """First row, within a tile, of a warpgroup's wave: waves come one after the other, so that each has its own copy of A."""
-    return wave * kernel.config.warpgroups * WAVE + warpgroup * WAVE
-
-
-def _multiply(kernel: _Kernel, refs: Any, warpgroup: jax.Array, wave: int, slot: jax.Array, acc: Any) -> None:
-    rows = pl.ds(_rows_of(kernel, warpgroup, wave), WAVE)
-    a, b = refs["a_slots"], refs["b_slots"].at[slot]
-    turned = kernel.turned
-    plgpu.wgmma(acc, a.at[slot, :, rows].T if turned["a"] else a.at[slot, rows], b if turned["b"] else b.T)
-
-
-def _accumulator(kernel: _Kernel) -> Any:
-    return plgpu.ACC((WAVE, kernel.config.block_n), jnp.float32)
+    """First row, within a tile, of a warpgroup's wave."""
+    return (warpgroup * kernel.config.waves + wave) * WAVE
 
 
 def _sum_plain(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, slot: jax.Array) -> tuple[Any, jax.Array]:
     """Without scales the tensor cores keep the sum; a slot is released one step late, when its product is surely done."""
     stages = kernel.config.stages
+    rows = pl.ds(_rows_of(kernel, warpgroup, 0), WAVE)
+    a, b, turned = refs["a_slots"], refs["b_slots"], kernel.turned
 
     def scope(acc: Any) -> tuple[jax.Array, jax.Array]:
         def step(k: jax.Array, slot: jax.Array) -> jax.Array:
             plgpu.barrier_wait(refs["filled"].at[slot])
-            _multiply(kernel, refs, warpgroup, 0, slot, acc)
+            left, right = a.at[slot, :, rows].T if turned["a"] else a.at[slot, rows], b.at[slot]
+            plgpu.wgmma(acc, left, right if turned["b"] else right.T)
             plgpu.wgmma_wait(1)
             pl.when(k > 0)(lambda: plgpu.barrier_arrive(refs["freed"].at[_previous(slot, stages)]))
             return _next(slot, stages)
@@ -405,8 +377,8 @@ def _sum_plain(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sl
         pl.when(jnp.asarray(tile.steps) > 0)(lambda: plgpu.barrier_arrive(refs["freed"].at[_previous(after, stages)]))
         return total, after
 
-    total, slot = pl.run_scoped(scope, _accumulator(kernel))
-    return ((total,),), slot
+    total, slot = pl.run_scoped(scope, plgpu.ACC((WAVE, kernel.config.block_n), jnp.float32))
+    return (total,), slot
 
 
 def _previous(slot: jax.Array, stages: int) -> jax.Array:
@@ -414,108 +386,128 @@ def _previous(slot: jax.Array, stages: int) -> jax.Array:
 
 
 def _sum_scaled(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, slot: jax.Array) -> tuple[Any, jax.Array]:
-    """Float32 sums of each wave and chunk of columns, after all K steps of a tile."""
+    """Float32 sums of each wave, after all K steps of a tile, which are taken a few at a time."""
     c = kernel.config
-
-    def block(i: jax.Array, carry: Any) -> Any:
-        return _overlapped_block(kernel, refs, warpgroup, tile, i * c.overlap, *carry)
-
-    def single(k: jax.Array, carry: Any) -> Any:
-        return _single_step(kernel, refs, warpgroup, tile, k, *carry)
-
-    carry = (slot, _zeros(kernel))
+    scheme: Callable[..., Any] = _scaled_by_tensor_cores if kernel.product.scales == "row" else _overlapped if c.overlap else _in_turn
+    consumer = _Consumer(kernel, refs, warpgroup, tile)
+    block = functools.partial(scheme, consumer)
+    spent = wgmma.registers(c.block_n)
+    carry = (slot, _zeros(kernel), spent if scheme is _in_turn else (spent, spent))
     static = isinstance(tile.steps, int)
-    whole: Any = 0
-    if c.overlap > 1:
-        whole = tile.steps // c.overlap if static else lax.div(tile.steps, c.overlap)
-        carry = lax.fori_loop(0, whole, block, carry)
-    if c.overlap == 1 or not static or tile.steps % c.overlap:
-        carry = lax.fori_loop(whole * c.overlap, tile.steps, single, carry)
-    slot, sums = carry
+    whole: Any = tile.steps // c.steps if static else lax.div(tile.steps, c.steps)
+    if not static or whole:
+        carry = lax.fori_loop(0, whole, lambda i, carry: block(i * c.steps, c.steps, carry), carry)
+    if not static:
+        carry = lax.fori_loop(whole * c.steps, tile.steps, lambda k, carry: block(k, 1, carry), carry)
+    elif tile.steps % c.steps:
+        carry = block(whole * c.steps, tile.steps % c.steps, carry)
+    slot, sums, _ = carry
     return sums, slot
 
 
 def _zeros(kernel: _Kernel) -> Any:
-    """Sums of every wave and chunk of a tile."""
-    zero = functools.partial(jnp.zeros, (WAVE, kernel.chunk), jnp.float32)
-    chunks = range(0, kernel.config.block_n, kernel.chunk)
-    return tuple(tuple(plgpu.layout_cast(zero(), plgpu.Layout.WGMMA) for _ in chunks) for _ in range(kernel.config.waves))
+    """Sums of every wave of a tile."""
+    zero = jnp.zeros((WAVE, kernel.config.block_n), jnp.float32)
+    return tuple(plgpu.layout_cast(zero, plgpu.Layout.WGMMA) for _ in range(kernel.config.waves))
 
 
-def _single_step(
-    kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, k: jax.Array, slot: jax.Array, sums: Any
-) -> tuple[jax.Array, Any]:
-    c = kernel.config
-    ahead = _ahead(kernel, refs, tile, k)
-    new: list[Any] = []
-    for wave in range(c.waves):
-        # A wait opens a basic block, which keeps ptxas from holding the partial sums of both waves at once.
-        plgpu.barrier_wait(refs["filled_too" if wave else "filled"].at[slot])
-        scales = _scales(kernel, refs, warpgroup, tile, wave, k, slot, ahead)
-        release = wave == c.waves - 1
+class _Consumer:
+    """What a warpgroup takes the K steps of a tile from."""
 
-        def scope(acc: Any, wave: int = wave, release: bool = release) -> jax.Array:
-            _multiply(kernel, refs, warpgroup, wave, slot, acc)
-            if release and kernel.product.scales == "block":
+    def __init__(self, kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile) -> None:
+        self.kernel, self.refs, self.tile = kernel, refs, tile
+        self.rows = [_rows_of(kernel, warpgroup, wave) for wave in range(kernel.config.waves)]
+        self.a = [self._operand("a_slots", first, WAVE) for first in self.rows]
+        self.b = self._operand("b_slots", 0, kernel.config.block_n)
+        if kernel.product.scales == "row":
+            self.a_parts = self._operand("a_scale_slots", lax.div(self.rows[0], ROWS), WAVE // ROWS)
+            self.b_parts = self._operand("b_scale_slots", 0, kernel.config.block_n // ROWS)
+
+    def _operand(self, name: str, first: Any, size: int) -> Callable[[jax.Array], wgmma.Operand]:
+        """Rows of each slot, by its number. The address of the first slot is known once and for all."""
+        slots, rows = self.refs[name], pl.ds(first, size)
+        address = wgmma.address(slots.at[0, rows], tiled=name in ("a_slots", "b_slots"))
+        stride = math.prod(slots.shape[1:]) * jnp.dtype(slots.dtype).itemsize // wgmma.UNIT
+        return lambda slot: wgmma.Operand(slots.at[slot, rows], address + slot * stride)
+
+    def next(self, slot: jax.Array) -> jax.Array:
+        return _next(slot, self.kernel.config.stages)
+
+    def wait(self, slot: jax.Array) -> None:
+        plgpu.barrier_wait(self.refs["filled"].at[slot])
+
+    def release(self, slot: jax.Array) -> None:
+        plgpu.barrier_arrive(self.refs["freed"].at[slot])
+
+    def scales(self, wave: int, k: jax.Array | int, slot: jax.Array) -> jax.Array:
+        """What rows of a wave's partial sums are multiplied by, where b's scale is one for all columns."""
+        of_rows = plgpu.load(self.refs["a_scale_slots"].at[slot, pl.ds(self.rows[wave], WAVE)], layout=_ROW)
+        return of_rows * self.refs["b_scale_slots"][slot, (self.tile.first_step + k) & (LINE - 1)]
+
+
+def _in_turn(consumer: _Consumer, first: jax.Array | int, steps: int, carry: Any) -> Any:
+    """A product, its promotion, the next product."""
+    slot, sums, spent = carry
+    for u in range(steps):
+        new = []
+        a, b = [a(slot) for a in consumer.a], consumer.b(slot)
+        consumer.wait(slot)
+        for wave, total in enumerate(sums):
+            last = wave == len(sums) - 1
+            scales = consumer.scales(wave, first + u, slot)
+            running = wgmma.start(a[wave], b, spent)
+            if last:
                 _end_reads()
-            return acc[...]
-
-        partial = pl.run_scoped(scope, _accumulator(kernel))
-        new.append(_promote(kernel, refs, slot, partial, scales, sums[wave], release))
-    return _next(slot, c.stages), tuple(new)
-
-
-def _overlapped_block(
-    kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, first: jax.Array, slot: jax.Array, sums: Any
-) -> tuple[jax.Array, Any]:
-    """`overlap` K steps; the product of step k + 1 is issued before step k is promoted. Scopes nest: two accumulators live at a time."""
-    c = kernel.config
-
-    def retire(acc: Any, in_flight: int, slot: jax.Array, scales: Any, sums: Any) -> Any:
-        partial = plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
-        return (_promote(kernel, refs, slot, partial, scales, sums[0], release=True),)
-
-    def issue(u: int, slot: jax.Array, sums: Any, before: Any) -> tuple[jax.Array, Any]:
-        ahead = _ahead(kernel, refs, tile, first + u)
-        plgpu.barrier_wait(refs["filled"].at[slot])
-        scales = _scales(kernel, refs, warpgroup, tile, 0, first + u, slot, ahead)
-
-        def scope(acc: Any) -> tuple[jax.Array, Any]:
-            _multiply(kernel, refs, warpgroup, 0, slot, acc)
-            if kernel.product.scales == "block":
-                _end_reads()
-            now = sums if before is None else retire(before[0], 1, before[1], before[2], sums)
-            if u + 1 == c.overlap:
-                return _next(slot, c.stages), retire(acc, 0, slot, scales, now)
-            return issue(u + 1, _next(slot, c.stages), now, (acc, slot, scales))
-
-        return pl.run_scoped(scope, _accumulator(kernel))
-
-    return issue(0, slot, sums, None)
+            spent = wgmma.finish(running)
+            if last:
+                consumer.release(slot)
+            new.append(_promote(total, spent, scales))
+        slot, sums = consumer.next(slot), tuple(new)
+    return slot, sums, spent
 
 
-def _ahead(kernel: _Kernel, refs: Any, tile: _Tile, k: jax.Array) -> list[jax.Array]:
-    """The scale of b for each chunk of the tile's columns, where it is read from global memory ahead of the wait for a slot."""
-    if not kernel.reads_ahead:
-        return []
-    scales, columns = _of_weights(kernel, refs, "b_scales", tile), range(0, kernel.config.block_n, kernel.chunk)
-    return [scales[kernel.block_of(tile.column + column), tile.first_step + k] for column in columns]
+def _overlapped(consumer: _Consumer, first: jax.Array | int, steps: int, carry: Any) -> Any:
+    """The product of step k + 1 is issued before step k is promoted. After a tile's last step of a block nothing is under way."""
+    slot, (total,), (spent, spare) = carry
+
+    def issue(u: int, slot: jax.Array, spent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        a, b = consumer.a[0](slot), consumer.b(slot)
+        consumer.wait(slot)
+        scales = consumer.scales(0, first + u, slot)
+        running = wgmma.start(a, b, spent)
+        _end_reads()
+        return running, scales
+
+    running, scales = issue(0, slot, spent)
+    for u in range(1, steps):
+        after = consumer.next(slot)
+        following = issue(u, after, spare)
+        spare = wgmma.finish(running, in_flight=1)
+        consumer.release(slot)
+        total = _promote(total, spare, scales)
+        (running, scales), slot = following, after
+    spent = wgmma.finish(running)
+    consumer.release(slot)
+    return consumer.next(slot), (_promote(total, spent, scales),), (spent, spare)
 
 
-def _scales(
-    kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, wave: int, k: jax.Array, slot: jax.Array, ahead: list[jax.Array]
-) -> list[jax.Array]:
-    """For each chunk of columns what rows of a wave's partial sums are multiplied by; scales of single columns come later."""
-    rows = pl.ds(_rows_of(kernel, warpgroup, wave), WAVE)
-    a_scale = plgpu.load(refs["a_scale_slots"].at[slot, rows], layout=_ROW)
-    columns = range(0, kernel.config.block_n, kernel.chunk)
-    if kernel.product.scales == "row":
-        return [a_scale for _ in columns]
-    if ahead:
-        return [a_scale * b_scale for b_scale in ahead]
-    first = kernel.block_of(tile.column)
-    blocks = [kernel.block_of(tile.column + column) - first if kernel.blocks > 1 else 0 for column in columns]
-    return [a_scale * refs["b_scale_slots"][slot, block, (tile.first_step + k) & (LINE - 1)] for block in blocks]
+def _scaled_by_tensor_cores(consumer: _Consumer, first: jax.Array | int, steps: int, carry: Any) -> Any:
+    """As `_in_turn`, for scales of single rows on both sides, whose products the tensor cores make."""
+    del first
+    slot, (total,), spent = carry
+    for _ in range(steps):
+        a, b, a_parts, b_parts = (at(slot) for at in (consumer.a[0], consumer.b, consumer.a_parts, consumer.b_parts))
+        consumer.wait(slot)
+        running, running_scales = wgmma.start_scaled(a, b, a_parts, b_parts, spent)
+        spent = wgmma.finish(running), wgmma.finish(running_scales)
+        consumer.release(slot)
+        total = total + spent[0] * spent[1]
+        slot = consumer.next(slot)
+    return slot, (total,), spent
+
+
+def _promote(total: jax.Array, partial: jax.Array, scales: jax.Array) -> jax.Array:
+    return total + partial * lax.broadcast_in_dim(scales, partial.shape, (0,))
 
 
 def _end_reads() -> None:
@@ -526,37 +518,12 @@ def _end_reads() -> None:
     plgpu.commit_smem()
 
 
-def _promote(kernel: _Kernel, refs: Any, slot: jax.Array, partial: jax.Array, scales: list[jax.Array], sums: Any, release: bool) -> Any:
-    """Adds the scaled partial sums; gives the slot back as soon as nothing is needed of it."""
-    width = kernel.chunk
-    columns_too = kernel.product.scales == "row"
-    if release and not columns_too:
-        plgpu.barrier_arrive(refs["freed"].at[slot])
-    new = []
-    for i, (total, scale) in enumerate(zip(sums, scales, strict=True)):
-        part = partial[:, i * width : (i + 1) * width] if len(sums) > 1 else partial
-        if columns_too:
-            of_columns = plgpu.load(refs["b_scale_slots"].at[slot, pl.ds(i * width, width)], layout=_COLUMN)
-            part = part * lax.broadcast_in_dim(of_columns, part.shape, (1,))
-        new.append(total + part * lax.broadcast_in_dim(scale, part.shape, (0,)))
-    if release and columns_too:
-        _end_reads()
-        plgpu.barrier_arrive(refs["freed"].at[slot])
-    return tuple(new)
-
-
 def _store(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sums: Any) -> None:
     """Registers to a slot of shared memory to the output, or added to it; TMA clips what lies outside of it."""
     c = kernel.config
     width = kernel.store_columns
     out = refs["out"].at[tile.group] if len(kernel.out_shape) == 3 else refs["out"]
-    offsets = range(0, kernel.chunk, width)
-    pieces = [
-        (wave, i * kernel.chunk + at, total[:, at : at + width])
-        for wave, chunks in enumerate(sums)
-        for i, total in enumerate(chunks)
-        for at in offsets
-    ]
+    pieces = [(wave, at, total[:, at : at + width]) for wave, total in enumerate(sums) for at in range(0, c.block_n, width)]
     for number, (wave, column, piece) in enumerate(pieces):
         slot = refs["out_slots"].at[warpgroup, number % c.store_slots]
         plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)

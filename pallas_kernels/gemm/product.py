@@ -19,10 +19,10 @@ class TuningConfig:
     block_n: int = 128
     warpgroups: int = 2  # consumers; they share the rows of a tile
     stages: int = 6
-    overlap: int = 4  # K steps of a block in which promotion runs under the next product
+    steps: int = 8  # along k, written out in the body of the loop over them
+    overlap: bool = False  # promotion runs under the next product, inside such a body
     cluster: Literal["", "m", "n"] = ""  # thread blocks share the B ("m": neighbours along m) or the A tile ("n")
     sharing: Literal[2, 4] = 2  # so many, in a cluster
-    scales_ahead: bool = False  # scales of blocks of b are read from global memory ahead of a step, not copied with it
     raster: tuple[int, int] = (0, 8)  # minor dimension and width of the snake in which tiles are visited
     store_slots: int = 1
     store_bytes: int = 128  # a row of a slot

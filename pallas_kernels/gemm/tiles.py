@@ -22,44 +22,34 @@ class Candidate:
 
 
 _SMALL = (
-    Candidate(TuningConfig(64, 16, warpgroups=1, stages=16), 122, 450),
-    Candidate(TuningConfig(64, 32, warpgroups=1, stages=16), 160, 950),
-    Candidate(TuningConfig(64, 64, warpgroups=1, stages=12), 290, 1600),
+    Candidate(TuningConfig(64, 16, warpgroups=1, stages=16, overlap=True), 122, 450),
+    Candidate(TuningConfig(64, 32, warpgroups=1, stages=16, overlap=True), 160, 950),
+    Candidate(TuningConfig(64, 64, warpgroups=1, stages=12, overlap=True), 290, 1600),
     Candidate(TuningConfig(128, 64, stages=8), 300, 1800),
 )
 # Four blocks share A where a product is bound by reading B once: less traffic from L2. Clusters of four do not fill all multiprocessors.
 _SHARED = (
-    Candidate(TuningConfig(64, 64, warpgroups=1, stages=12, cluster="n", sharing=4), 272, 2600),
+    Candidate(TuningConfig(64, 64, warpgroups=1, stages=12, overlap=True, cluster="n", sharing=4), 272, 2600),
     Candidate(TuningConfig(128, 64, stages=8, cluster="n", sharing=4), 285, 2800),
 )
 # As many slots of the output as a warpgroup has pieces, even at the price of a stage: it stores without waiting.
-_LARGE = Candidate(TuningConfig(256, 128, stages=3, overlap=1, cluster="n", store_slots=4), 752, 1620)
+_LARGE = Candidate(TuningConfig(256, 128, stages=3, cluster="n", store_slots=4), 733, 1050)
 _BLOCK = (
     *_SMALL,
     *_SHARED,
-    Candidate(TuningConfig(128, 128, stages=5, cluster="m", store_slots=2), 400, 450),
-    # Three warpgroups wait longer for a step, so that a scale read ahead of it comes for nothing.
-    Candidate(TuningConfig(192, 128, warpgroups=3, stages=4, overlap=1, cluster="n", scales_ahead=True), 551, 1030),
+    Candidate(TuningConfig(128, 128, stages=5, overlap=True, cluster="m", store_slots=2), 375, 480),
+    Candidate(TuningConfig(192, 128, warpgroups=3, stages=4, cluster="n"), 527, 800),
     _LARGE,
 )
 # Runs of rows have lengths that only the device knows, so neighbours along m may not share weights.
 _BLOCK_ROWS = (
-    Candidate(TuningConfig(128, 128, stages=5, cluster="n", store_slots=2), 405, 550),
+    Candidate(TuningConfig(128, 128, stages=5, overlap=True, cluster="n", store_slots=2), 387, 550),
     _LARGE,
 )
-# A number of K steps that only the device knows makes ptxas serialize overlapped steps: none of these has any.
-_BLOCK_MASKED = tuple(Candidate(dataclasses.replace(c.config, overlap=1), c.step, c.fixed) for c in _SMALL)
-_ROW = (
-    Candidate(TuningConfig(), 523, 770),
-    Candidate(TuningConfig(192, 128, warpgroups=3, stages=4, overlap=1), 773, 1760),
-)
-_ROW_CONTRACTION = (
-    Candidate(TuningConfig(overlap=1), 560, 1500),
-    Candidate(TuningConfig(128, 192, stages=4, overlap=1), 778, 1500),
-)
+_ROW = (Candidate(TuningConfig(stages=4, steps=4, store_slots=2), 467, 230),)
 _BF16 = (
-    Candidate(TuningConfig(128, 128, overlap=1), 660, 750),
-    Candidate(TuningConfig(128, 256, stages=4, overlap=1), 1300, 900),
+    Candidate(TuningConfig(128, 128), 660, 750),
+    Candidate(TuningConfig(128, 256, stages=4), 1300, 900),
 )
 
 
@@ -70,14 +60,7 @@ def choose(
     m, n, k = sizes(product, a_shape, b_shape, n_groups)
     possible = [c for c in candidates(product) if run is None or run % c.config.block_m == 0]
     config = min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
-    config = _with_a_small_rest(config, -(-k // GROUP))
     return in_bands(config, m, k) if product.groups in ("none", "pieces") else config
-
-
-def _with_a_small_rest(config: TuningConfig, steps: int) -> TuningConfig:
-    """Blocks of two steps where those of four leave two or three: behind a loop over blocks so many make ptxas serialize all products."""
-    serialized = (config.block_n, config.overlap) == (128, 4) and steps >= 8 and steps % 4 > 1
-    return dataclasses.replace(config, overlap=2) if serialized else config
 
 
 def pieces(a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int) -> int:
@@ -107,8 +90,8 @@ def candidates(product: Product) -> tuple[Candidate, ...]:
     if product.scales == "none":
         return _BF16
     if product.scales == "row":
-        return _ROW_CONTRACTION if product.groups == "contraction" else _ROW
-    return {"rows": _BLOCK_ROWS, "masked": _BLOCK_MASKED}.get(product.groups, _BLOCK)
+        return _ROW
+    return {"rows": _BLOCK_ROWS, "masked": _SMALL}.get(product.groups, _BLOCK)
 
 
 def sizes(product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], n_groups: int) -> tuple[int, int, int]:

@@ -4,11 +4,12 @@ import functools
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import callback
 from jax._src.pallas.mosaic_gpu import core, primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
-from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
+from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter, resolve_ref
 from jax._src.state.primitives import swap_p
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -117,7 +118,45 @@ def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arg
     return token
 
 
+# Nor what `pallas_kernels.gemm.wgmma` writes in PTX. Products are made when they are issued, as the interpreter makes all of them.
+def _inline(self, eqn, token, get_values):
+    name = eqn.params["mgpu_fn"].__name__
+    if name == "shared_address":
+        return token, [jnp.int32(0)]
+    if name == "wait":
+        return token, get_values()[:1]
+    values, number = get_values(), eqn.params["pytree_args"].num_leaves
+    transforms = eqn.params["pytree_ref_transforms"].unflatten(values[number:])
+    refs = sum(isinstance(type_, plgpu.RefType) for type_ in eqn.params["flat_arg_types"])
+    places = [resolve_ref(v.aval, x, t) for v, x, t in zip(eqn.invars[:refs], values, transforms[:refs], strict=False)]
+    run = functools.partial({"product": _issued, "product_and_scales": _issued_with_scales}[name], source_info=eqn.source_info)
+    out = (gpu_callbacks.TOKEN_SHAPE_DTYPE, *(x.aval for x in eqn.outvars))
+    token, *made = callback.io_callback(run, out, token=token, mesh_location=self.mesh_location, thread=self.thread, places=places)
+    return token, made
+
+
+@gpu_callbacks.fail_on_exception
+def _issued(*, token, **arguments):
+    a, b = _contents(**arguments)
+    return token, np.float32(a) @ np.float32(b).T
+
+
+@gpu_callbacks.fail_on_exception
+def _issued_with_scales(*, token, **arguments):
+    a, b, *parts = _contents(**arguments)
+    of_rows, of_columns = (np.float32(x).reshape(-1, 8) for x in parts)
+    return token, np.float32(a) @ np.float32(b).T, 2 * of_rows @ of_columns.T  # the parts are there, and are added up, twice
+
+
+def _contents(mesh_location, thread, source_info, places):
+    memory = gpu_callbacks._get_shared_memory()
+    where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    windows = [_window(memory, {"x_allocation_key_as_array": key, "x_transforms": transforms}, "x") for key, transforms in places]
+    return [memory.get_buffer_content(*window, thread, logging_info=where)[0] for window in windows]
+
+
 JaxprInterpreter.interpret, JaxprInterpreter._interpret_swap_p = _with_swaps, _swap_or_store
+JaxprInterpreter._interpret_inline_mgpu_p = _inline
 gpu_callbacks.copy_smem_to_gmem, gpu_callbacks.wgmma = _store_or_add, _product
 
 

@@ -8,6 +8,7 @@ import pytest
 from experiments.bench.tiles import fit
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
+from pallas_kernels.gemm.parts import in_parts
 from pallas_kernels.gemm.product import LINE, Product, TuningConfig
 from tests.gpu import test_products as gpu_cases
 from tests.kernels.interpreter import interpreted
@@ -42,14 +43,13 @@ class TestInterpreted(ProductCases):
 
 
 SCHEMES = {
-    "overlapped, few slots": TuningConfig(overlap=2, stages=2),
-    "two waves": TuningConfig(256, 128, stages=3, overlap=1, store_slots=4),
-    "three warpgroups": TuningConfig(192, 128, warpgroups=3, stages=3, overlap=1),
-    "one warpgroup": TuningConfig(64, 48, warpgroups=1, stages=4, overlap=2),
-    "pairs along m": TuningConfig(cluster="m", overlap=2, stages=4),
-    "pairs along n": TuningConfig(64, 96, warpgroups=1, cluster="n", overlap=1, stages=3, raster=(1, 2), store_slots=2),
-    "four along n": TuningConfig(64, 48, warpgroups=1, cluster="n", sharing=4, overlap=2, stages=3),
-    "scales ahead": TuningConfig(64, 96, warpgroups=1, overlap=1, stages=3, scales_ahead=True),
+    "overlapped, few slots": TuningConfig(overlap=True, steps=2, stages=2),
+    "two waves": TuningConfig(256, 128, steps=2, stages=3, store_slots=4),
+    "three warpgroups": TuningConfig(192, 128, warpgroups=3, stages=3),
+    "one warpgroup": TuningConfig(64, 32, warpgroups=1, steps=4, stages=4, overlap=True),
+    "pairs along m": TuningConfig(cluster="m", overlap=True, steps=3, stages=4),
+    "pairs along n": TuningConfig(64, 64, warpgroups=1, cluster="n", steps=3, stages=3, raster=(1, 2), store_slots=2),
+    "four along n": TuningConfig(64, 32, warpgroups=1, cluster="n", sharing=4, overlap=True, steps=2, stages=3),
 }
 
 
@@ -62,8 +62,7 @@ def test_every_scheme_gives_the_product(scheme):
     """Sizes that divide nothing: rows, columns and K steps (5, one of them partial) all have a rest."""
     rng = np.random.default_rng(0)
     a, b = Rows(rough(rng, 200, 592)), Blocks(rough(rng, 208, 592))
-    config = SCHEMES[scheme]
-    arguments = Product(), config, a.values, a.scales, b.values, b.scales if config.scales_ahead else whole_fours(b.scales)
+    arguments = Product(), SCHEMES[scheme], a.values, a.scales, b.values, whole_fours(b.scales)
     out = interpreted(lambda: hopper.multiply(*arguments, sm_count=2))
     assert_near(out, a.full @ b.full.T, BF16_ERROR)
 
@@ -94,10 +93,12 @@ def shapes(product, m, n, k, e):
     steps, each_a, each_b = -(-k // 128), (e,) * (product.groups == "masked"), (e,) * (product.groups in ("rows", "masked"))
     turned = product.scales == "none" and product.groups == "contraction"
     a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, *((k, n) if product.weights_lie else (n, k))))
-    a_scales = (steps, m) if product.scales == "row" else (*each_a, steps, -(-m // 128) * 128)
-    b_scales = (steps, n) if product.scales == "row" else (*each_b, -(-n // 128), steps)
+    rows = product.scales == "row"  # whose scales come in parts
+    a_scales = (steps, m // 8, 64) if rows else (*each_a, steps, -(-m // 128) * 128)
+    b_scales = (steps, n // 8, 64) if rows else (*each_b, -(-n // 128), steps)
     index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1, "pieces": None}[product.groups]
-    kinds = [(a, dtype), (a_scales, jnp.float32), (b, dtype), (b_scales, jnp.float32)]
+    of_scales = jnp.bfloat16 if rows else jnp.float32
+    kinds = [(a, dtype), (a_scales, of_scales), (b, dtype), (b_scales, of_scales)]
     operands = [jax.ShapeDtypeStruct(*kind) if product.scales != "none" or kind[1] == dtype else None for kind in kinds]
     return [*operands, None if index is None else jax.ShapeDtypeStruct((index,), jnp.int32)]
 
@@ -148,15 +149,6 @@ def test_four_blocks_share_the_rows_of_a_product_that_reads_weights():
     assert [four.clusters(sms) for sms in (2, 132)] == [1, 28]
 
 
-def test_no_large_tile_leaves_two_or_three_steps_behind_a_block():
-    """ptxas would serialize every product (C7512, 256 bytes of spills): k = 1408 and 2304 are such, and many numbers of tokens."""
-    for steps in range(1, 40):
-        for product, n_groups in ((Product(), 1), (Product("block", "rows"), 8), (Product("row", out="float32"), 1)):
-            b = (8, 4096, 128 * steps) if n_groups > 1 else (4096, 128 * steps)
-            config = tiles.choose(product, (8192, 128 * steps), b, 132, n_groups, run=128 if n_groups > 1 else None)
-            assert (config.overlap == 1 or steps < 8 or steps % config.overlap < 2) and config.block_n == 128, steps
-
-
 def test_wgrad_of_few_tiles_is_cut_along_k():
     """Weights of `h200` over 32,768 tokens; those of V3 over 4096 have tiles enough, and three steps cannot be halved."""
     number = lambda m, n, k, sms=132: tiles.pieces((m, k), (n, k), sms)  # noqa: E731
@@ -204,6 +196,15 @@ def test_tiles_do_not_cross_runs(run):
     product = run()
     config = tiles.choose(product, (32768, 7168), (8, 4096, 7168), 132, 8, run=128)
     assert config.block_m == 128
+
+
+def test_parts_of_scales_multiply_to_the_scales():
+    """To float32's rounding over many powers of two, and to nothing where one is zero. The tensor cores add up all of them twice."""
+    rng = np.random.default_rng(0)
+    left, right = (np.float32(rng.uniform(1, 2, (3, 40)) * 2.0 ** rng.integers(-40, 40, (3, 40))) for _ in range(2))
+    left[:, 0] = right[:, -1] = 0
+    a, b = (np.float64(in_parts(jnp.asarray(x), left=side)).reshape(3, 40, 8) for x, side in ((left, True), (right, False)))
+    np.testing.assert_allclose(2 * np.einsum("smp,snp->smn", a, b), np.float64(left)[:, :, None] * right[:, None], rtol=2**-24)
 
 
 F8 = jnp.zeros((128, 128), jnp.float8_e4m3fn)

@@ -1,0 +1,26 @@
+"""Scales of Wgrad as the tensor cores take them: the product of a row's scale and a column's is one of rank one.
+
+Multiplying the sums of a K step by a scale for each row and each column costs a thread two multiplications and an addition
+a number, and a load of every column's scale: twice what Fprop does. As a product of 16 along k the tensor cores make
+both scales one number a sum, in a quarter of the time of the step itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float32
+
+ROWS = 8  # of an operand, whose parts lie together
+# float32 = three bfloat16 parts, of which the largest comes first. All of their products but the smallest, 2^-32 of the
+# largest; the tensor cores add up part i of the left scale times part i of the right.
+_LEFT, _RIGHT = (0, 0, 1, 1, 0, 2, 1, 2), (0, 1, 0, 1, 2, 0, 2, 1)
+
+
+def in_parts(scales: Float32[Array, "steps rows"], left: bool) -> BFloat16[Array, "steps rows/8 64"]:
+    """Eight parts of each scale, of half of it for the left operand, since the kernel adds up every product of parts twice."""
+    rest, parts = scales * 0.5 if left else scales, []
+    for _ in range(3):
+        # XLA may keep more bits in a conversion to bfloat16 and back, but not in this.
+        parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest = rest - parts[-1]
+    chosen = jnp.stack([parts[i] for i in (_LEFT if left else _RIGHT)], -1).astype(jnp.bfloat16)
+    return chosen.reshape(scales.shape[0], -1, ROWS * len(_LEFT))
