@@ -100,8 +100,9 @@ def finish(running: Float32[Array, "64 columns"], in_flight: int = 0) -> Float32
 
     @plgpu.inline_mgpu(arg_types=(_SUMS,), return_type=_sums(running))
     def wait(_: Any, running: Any) -> Any:
-        llvm.inline_asm(None, [], f"wgmma.wait_group.sync.aligned {in_flight};", "", has_side_effects=True)
-        return running
+        # The sums pass through the statement, or LLVM would be free to use them before it.
+        (sums,) = _through(f"wgmma.wait_group.sync.aligned {in_flight};", [running], [])
+        return sums
 
     return wait(running)
 
@@ -143,22 +144,35 @@ class _Overwritten(NamedTuple):
 
 def _issue(products: list[_Overwritten]) -> tuple[Any, ...]:
     """One group of wgmma: all in one statement, so that nothing can stand between its instructions that needs their registers."""
-    f32, layout = ir.F32Type.get(), fragmented_array.WGMMA_LAYOUT_ACC_32BIT
-    spent = [x.sums.to_layout(layout).registers for x in products]
-    first = ir.DenseI64ArrayAttr.get([0])
-    before = [vector.extract(x, dynamic_position=[], static_position=first) for each in spent for x in each.flat]
+    sums = [x.sums for x in products]
     addresses = [x.registers.item() for each in products for x in (each.a, each.b)]
-    total, size = len(before), len(before) // len(products)
+    size = _count(sums[0])
+    first = 2 * size * len(products)  # operand that is an address: those before are sums, as results and as what they were
     text = ["{ .reg .pred starts, adds; .reg .b32 a, b; .reg .b64 da, db;", "setp.ne.b32 starts, 0, 0; setp.eq.b32 adds, 0, 0;"]
     text.append("wgmma.fence.sync.aligned;")
     for i, each in enumerate(products):
-        text += each.lines(range(i * size, (i + 1) * size), 2 * total + 2 * i, 2 * total + 2 * i + 1)
+        text += each.lines(range(i * size, (i + 1) * size), first + 2 * i, first + 2 * i + 1)
     text.append("wgmma.commit_group.sync.aligned; }")
-    constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * len(addresses))
-    result_type = llvm.StructType.get_literal([f32] * total)
-    after = llvm.inline_asm(result_type, [*before, *addresses], "\n".join(text), constraints, has_side_effects=True)
-    numbers = [vector.from_elements(ir.VectorType.get((1,), f32), [llvm.extractvalue(f32, after, [i])]) for i in range(total)]
-    return tuple(_array(numbers[i * size : (i + 1) * size], each.shape, layout) for i, each in enumerate(spent))
+    return _through("\n".join(text), sums, addresses)
+
+
+def _through(text: str, arrays: list[Any], addresses: list[Any]) -> tuple[Any, ...]:
+    """Arrays of sums after a statement that may change them in the registers where they are."""
+    f32, layout = ir.F32Type.get(), fragmented_array.WGMMA_LAYOUT_ACC_32BIT
+    whole = [x.to_layout(layout).registers for x in arrays]
+    first = ir.DenseI64ArrayAttr.get([0])
+    before = [vector.extract(x, dynamic_position=[], static_position=first) for each in whole for x in each.flat]
+    constraints = ",".join(["=f"] * len(before) + [str(i) for i in range(len(before))] + ["r"] * len(addresses))
+    result_type = llvm.StructType.get_literal([f32] * len(before))
+    after = llvm.inline_asm(result_type, [*before, *addresses], text, constraints, has_side_effects=True)
+    numbers = [vector.from_elements(ir.VectorType.get((1,), f32), [llvm.extractvalue(f32, after, [i])]) for i in range(len(before))]
+    size = len(before) // len(arrays)
+    return tuple(_array(numbers[i * size : (i + 1) * size], each.shape, layout) for i, each in enumerate(whole))
+
+
+def _count(sums: Any) -> int:
+    """Registers of a thread."""
+    return sums.shape[0] * sums.shape[1] // 128
 
 
 def _array(numbers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
