@@ -446,7 +446,11 @@ class _Consumer:
 
 
 def _in_turn(consumer: _Consumer, first: jax.Array | int, steps: int, carry: Any) -> Any:
-    """A product, its promotion, the next product."""
+    """A product, its promotion, the next product.
+
+    A fence orders reads of scales before the TMA copy that will overwrite them: it writes through another proxy. The fence waits
+    for every access to memory that a thread has under way, so it runs while the tensor cores are busy.
+    """
     slot, sums, spent = carry
     for u in range(steps):
         new = []
@@ -455,10 +459,7 @@ def _in_turn(consumer: _Consumer, first: jax.Array | int, steps: int, carry: Any
         for wave, total in enumerate(sums):
             last = wave == len(sums) - 1
             scales = consumer.scales(wave, first + u, slot)
-            running = wgmma.start(a[wave], b, spent)
-            if last:
-                _end_reads()
-            spent = wgmma.finish(running)
+            spent = wgmma.multiply(a[wave], b, spent, ends_reads=last)
             if last:
                 consumer.release(slot)
             new.append(_promote(total, spent, scales))
@@ -475,7 +476,7 @@ def _overlapped(consumer: _Consumer, first: jax.Array | int, steps: int, carry: 
         consumer.wait(slot)
         scales = consumer.scales(0, first + u, slot)
         running = wgmma.start(a, b, spent)
-        _end_reads()
+        plgpu.commit_smem()  # see `_in_turn`
         return running, scales
 
     running, scales = issue(0, slot, spent)
@@ -498,8 +499,7 @@ def _scaled_by_tensor_cores(consumer: _Consumer, first: jax.Array | int, steps: 
     for _ in range(steps):
         a, b, a_parts, b_parts = (at(slot) for at in (consumer.a[0], consumer.b, consumer.a_parts, consumer.b_parts))
         consumer.wait(slot)
-        running, running_scales = wgmma.start_scaled(a, b, a_parts, b_parts, spent)
-        spent = wgmma.finish(running), wgmma.finish(running_scales)
+        spent = wgmma.multiply_scaled(a, b, a_parts, b_parts, spent)
         consumer.release(slot)
         total = total + spent[0] * spent[1]
         slot = consumer.next(slot)
@@ -508,14 +508,6 @@ def _scaled_by_tensor_cores(consumer: _Consumer, first: jax.Array | int, steps: 
 
 def _promote(total: jax.Array, partial: jax.Array, scales: jax.Array) -> jax.Array:
     return total + partial * lax.broadcast_in_dim(scales, partial.shape, (0,))
-
-
-def _end_reads() -> None:
-    """Orders reads of scales before the TMA copy that will overwrite them: it writes through another proxy.
-
-    It waits for every access to memory that a thread has under way, so it runs while the tensor cores are busy.
-    """
-    plgpu.commit_smem()
 
 
 def _store(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sums: Any) -> None:

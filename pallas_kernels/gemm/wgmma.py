@@ -9,6 +9,7 @@ The other reason: the address of an operand is a number that the caller can comp
 bits, where Mosaic forms 64 for each product.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ _PLAIN = plgpu.RefType()
 # The upper halves of descriptors: how far apart eight rows begin and, in bit 62, that rows of 128 bytes are swizzled. The
 # lower ones are addresses alone: the second half of k is read where the first is, or in the same 128 bytes.
 _SWIZZLED, _FLAT = 8 * SWIZZLE // UNIT | 1 << 30, PARTS * 2 // UNIT
+_EACH = fragmented_array.WGMMA_LAYOUT_ACC_32BIT  # the layout of sums, with every number in a register of its own
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
@@ -60,19 +62,21 @@ def registers(columns: int) -> Float32[Array, "64 columns"]:
     return plgpu.layout_cast(jnp.zeros((WAVE, columns), jnp.float32), _SUMS)
 
 
-def start(a: Operand, b: Operand, spent: Float32[Array, "64 columns"]) -> Float32[Array, "64 columns"]:
-    """Issues a [64, 128] times b [columns, 128] transposed. What it returns may be used once `finish` has waited for it."""
+def multiply(a: Operand, b: Operand, spent: Float32[Array, "64 columns"], ends_reads: bool = False) -> Float32[Array, "64 columns"]:
+    """a [64, 128] times b [columns, 128] transposed, once it is done. `ends_reads`: with a fence, as `plgpu.commit_smem`, while it runs."""
     kind = _kind(a, b, spent)
 
     @plgpu.inline_mgpu(arg_types=(_TILED, _TILED, _NUMBER, _NUMBER, _SUMS), return_type=_sums(spent))
     def product(_: Any, _a: Any, _b: Any, at_a: Any, at_b: Any, spent: Any) -> Any:
-        (sums,) = _issue([_Overwritten(kind, 4, _SWIZZLED, at_a, at_b, spent)])
-        return sums
+        running = _issue([_Overwritten(kind, 4, _SWIZZLED, at_a, at_b)], _Taken.of(spent))
+        if ends_reads:
+            mgpu.commit_shared()
+        return _wait(running).arrays()[0]
 
     return product(a.ref, b.ref, a.address, b.address, spent)
 
 
-def start_scaled(
+def multiply_scaled(
     a: Operand, b: Operand, a_scales: Operand, b_scales: Operand, spent: tuple[Float32[Array, "64 columns"], ...]
 ) -> tuple[Float32[Array, "64 columns"], ...]:
     """The same, and what each of the sums is multiplied by, in registers like theirs: a scale of its row times one of its column.
@@ -80,31 +84,38 @@ def start_scaled(
     Scales are eight bfloat16 parts each, [rows / 8, 64], of which the tensor cores make products that are exact to float32's
     rounding. They read each part twice, as both halves of 16 along k, so those of a stand for half a scale.
     """
-    kind = _kind(a, b, spent[0])
+    kind, of_scales = _kind(a, b, spent[0]), f"m64n{spent[1].shape[1]}k16.f32.bf16.bf16"
     arguments = (_TILED, _TILED, _PLAIN, _PLAIN, (_NUMBER,) * 4, (_SUMS, _SUMS))
 
     @plgpu.inline_mgpu(arg_types=arguments, return_type=(_sums(spent[0]),) * 2)
     def product_and_scales(_: Any, _a: Any, _b: Any, _a_scales: Any, _b_scales: Any, at: Any, spent: Any) -> Any:
         at_a, at_b, at_a_scales, at_b_scales = at
-        of_scales = f"m64n{spent[1].shape[1]}k16.f32.bf16.bf16"
-        return _issue(
-            [_Overwritten(kind, 4, _SWIZZLED, at_a, at_b, spent[0]), _Overwritten(of_scales, 1, _FLAT, at_a_scales, at_b_scales, spent[1])]
-        )
+        products = [_Overwritten(kind, 4, _SWIZZLED, at_a, at_b), _Overwritten(of_scales, 1, _FLAT, at_a_scales, at_b_scales)]
+        return _wait(_issue(products, _Taken.of(*spent))).arrays()
 
     operands = a, b, a_scales, b_scales
     return product_and_scales(*(x.ref for x in operands), tuple(x.address for x in operands), spent)
+
+
+def start(a: Operand, b: Operand, spent: Float32[Array, "64 columns"]) -> Float32[Array, "64 columns"]:
+    """Issues a product. What it returns may be used once `finish` has waited for it."""
+    kind = _kind(a, b, spent)
+
+    @plgpu.inline_mgpu(arg_types=(_TILED, _TILED, _NUMBER, _NUMBER, _SUMS), return_type=_sums(spent))
+    def started(_: Any, _a: Any, _b: Any, at_a: Any, at_b: Any, spent: Any) -> Any:
+        return _issue([_Overwritten(kind, 4, _SWIZZLED, at_a, at_b)], _Taken.of(spent)).arrays()[0]
+
+    return started(a.ref, b.ref, a.address, b.address, spent)
 
 
 def finish(running: Float32[Array, "64 columns"], in_flight: int = 0) -> Float32[Array, "64 columns"]:
     """Waits until at most `in_flight` products that were issued later than this are under way; then its sums are there."""
 
     @plgpu.inline_mgpu(arg_types=(_SUMS,), return_type=_sums(running))
-    def wait(_: Any, running: Any) -> Any:
-        # The sums pass through the statement, or LLVM would be free to use them before it.
-        (sums,) = _through(f"wgmma.wait_group.sync.aligned {in_flight};", [running], [])
-        return sums
+    def finished(_: Any, running: Any) -> Any:
+        return _wait(_Taken.of(running), in_flight).arrays()[0]
 
-    return wait(running)
+    return finished(running)
 
 
 def _sums(like: Array) -> Any:
@@ -120,20 +131,49 @@ def _kind(a: Operand, b: Operand, spent: Array) -> str:
     return f"m64n{spent.shape[1]}k32.f32.{left}.{right}"
 
 
+class _Taken(NamedTuple):
+    """Arrays of sums as the registers that wgmma names, one after the other."""
+
+    numbers: list[Any]
+    shapes: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, *sums: Any) -> "_Taken":
+        whole = [x.to_layout(_EACH).registers for x in sums]
+        first = ir.DenseI64ArrayAttr.get([0])
+        numbers = [vector.extract(x, dynamic_position=[], static_position=first) for each in whole for x in each.flat]
+        return cls(numbers, [x.shape for x in whole])
+
+    def after(self, text: str, addresses: Sequence[Any] = ()) -> "_Taken":
+        """After a statement that may change them where they are. None can be used before it."""
+        f32, total = ir.F32Type.get(), len(self.numbers)
+        constraints = ",".join(["=f"] * total + [str(i) for i in range(total)] + ["r"] * len(addresses))
+        result_type = llvm.StructType.get_literal([f32] * total)
+        out = llvm.inline_asm(result_type, [*self.numbers, *addresses], text, constraints, has_side_effects=True)
+        return _Taken([llvm.extractvalue(f32, out, [i]) for i in range(total)], self.shapes)
+
+    def arrays(self) -> tuple[Any, ...]:
+        vector_type, numbers, arrays = ir.VectorType.get((1,), ir.F32Type.get()), iter(self.numbers), []
+        for shape in self.shapes:
+            registers = np.empty(shape, dtype=object)
+            for at in np.ndindex(shape):
+                registers[at] = vector.from_elements(vector_type, [next(numbers)])
+            arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=_EACH, _is_signed=None).to_layout(mgpu.WGMMA_LAYOUT))
+        return tuple(arrays)
+
+
 class _Overwritten(NamedTuple):
-    """Instructions of one product, each of 32 bytes along k; the first overwrites `sums`, the others add to them."""
+    """Instructions of one product, each of 32 bytes along k; the first overwrites sums, the others add to them."""
 
     kind: str
     instructions: int
     upper: int  # half of the descriptors
     a: Any
     b: Any
-    sums: Any
 
     def lines(self, sums: range, a: int, b: int) -> list[str]:
         """In PTX, with operands by number."""
-        types = self.kind.split(".")[-1]
-        signs = "1, 1, 0, 0" if types == "bf16" else "1, 1"  # 16-bit operands could also be transposed
+        signs = "1, 1, 0, 0" if self.kind.endswith("bf16") else "1, 1"  # 16-bit operands could also be transposed
         taken = "{" + ", ".join(f"${i}" for i in sums) + "}"
         return [
             f"add.s32 a, ${a}, {2 * i}; add.s32 b, ${b}, {2 * i}; mov.b64 da, {{a, {self.upper}}}; mov.b64 db, {{b, {self.upper}}};"
@@ -142,41 +182,16 @@ class _Overwritten(NamedTuple):
         ]
 
 
-def _issue(products: list[_Overwritten]) -> tuple[Any, ...]:
+def _issue(products: list[_Overwritten], sums: _Taken) -> _Taken:
     """One group of wgmma: all in one statement, so that nothing can stand between its instructions that needs their registers."""
-    sums = [x.sums for x in products]
-    addresses = [x.registers.item() for each in products for x in (each.a, each.b)]
-    size = _count(sums[0])
-    first = 2 * size * len(products)  # operand that is an address: those before are sums, as results and as what they were
+    size, first = len(sums.numbers) // len(products), 2 * len(sums.numbers)  # operands: sums as they will be, as they are, addresses
     text = ["{ .reg .pred starts, adds; .reg .b32 a, b; .reg .b64 da, db;", "setp.ne.b32 starts, 0, 0; setp.eq.b32 adds, 0, 0;"]
     text.append("wgmma.fence.sync.aligned;")
     for i, each in enumerate(products):
         text += each.lines(range(i * size, (i + 1) * size), first + 2 * i, first + 2 * i + 1)
     text.append("wgmma.commit_group.sync.aligned; }")
-    return _through("\n".join(text), sums, addresses)
+    return sums.after("\n".join(text), [x.registers.item() for each in products for x in (each.a, each.b)])
 
 
-def _through(text: str, arrays: list[Any], addresses: list[Any]) -> tuple[Any, ...]:
-    """Arrays of sums after a statement that may change them in the registers where they are."""
-    f32, layout = ir.F32Type.get(), fragmented_array.WGMMA_LAYOUT_ACC_32BIT
-    whole = [x.to_layout(layout).registers for x in arrays]
-    first = ir.DenseI64ArrayAttr.get([0])
-    before = [vector.extract(x, dynamic_position=[], static_position=first) for each in whole for x in each.flat]
-    constraints = ",".join(["=f"] * len(before) + [str(i) for i in range(len(before))] + ["r"] * len(addresses))
-    result_type = llvm.StructType.get_literal([f32] * len(before))
-    after = llvm.inline_asm(result_type, [*before, *addresses], text, constraints, has_side_effects=True)
-    numbers = [vector.from_elements(ir.VectorType.get((1,), f32), [llvm.extractvalue(f32, after, [i])]) for i in range(len(before))]
-    size = len(before) // len(arrays)
-    return tuple(_array(numbers[i * size : (i + 1) * size], each.shape, layout) for i, each in enumerate(whole))
-
-
-def _count(sums: Any) -> int:
-    """Registers of a thread."""
-    return sums.shape[0] * sums.shape[1] // 128
-
-
-def _array(numbers: list[Any], shape: tuple[int, ...], layout: Any) -> Any:
-    filled = np.empty(shape, dtype=object)
-    for at, number in zip(np.ndindex(shape), numbers, strict=True):
-        filled[at] = number
-    return mgpu.FragmentedArray(_registers=filled, _layout=layout, _is_signed=None).to_layout(mgpu.WGMMA_LAYOUT)
+def _wait(running: _Taken, in_flight: int = 0) -> _Taken:
+    return running.after(f"wgmma.wait_group.sync.aligned {in_flight};")

@@ -1,6 +1,7 @@
 """Runs kernels on a simulated GPU that reports races between threads and copies."""
 
 import functools
+import inspect
 import threading
 
 import jax
@@ -123,26 +124,32 @@ def _inline(self, eqn, token, get_values):
     name = eqn.params["mgpu_fn"].__name__
     if name == "shared_address":
         return token, [jnp.int32(0)]
-    if name == "wait":
+    if name == "finished":
         return token, get_values()[:1]
     values, number = get_values(), eqn.params["pytree_args"].num_leaves
     transforms = eqn.params["pytree_ref_transforms"].unflatten(values[number:])
     refs = sum(isinstance(type_, plgpu.RefType) for type_ in eqn.params["flat_arg_types"])
     places = [resolve_ref(v.aval, x, t) for v, x, t in zip(eqn.invars[:refs], values, transforms[:refs], strict=False)]
-    run = functools.partial({"product": _issued, "product_and_scales": _issued_with_scales}[name], source_info=eqn.source_info)
+    makes = _with_scales if name == "product_and_scales" else _product_of_memory
+    run = functools.partial(makes, source_info=eqn.source_info)
     out = (gpu_callbacks.TOKEN_SHAPE_DTYPE, *(x.aval for x in eqn.outvars))
     token, *made = callback.io_callback(run, out, token=token, mesh_location=self.mesh_location, thread=self.thread, places=places)
+    if name == "product" and inspect.getclosurevars(inspect.unwrap(eqn.params["mgpu_fn"])).nonlocals["ends_reads"]:
+        end = functools.partial(gpu_callbacks.commit_smem, source_info=eqn.source_info)
+        token = callback.io_callback(
+            end, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread
+        )
     return token, made
 
 
 @gpu_callbacks.fail_on_exception
-def _issued(*, token, **arguments):
+def _product_of_memory(*, token, **arguments):
     a, b = _contents(**arguments)
     return token, np.float32(a) @ np.float32(b).T
 
 
 @gpu_callbacks.fail_on_exception
-def _issued_with_scales(*, token, **arguments):
+def _with_scales(*, token, **arguments):
     a, b, *parts = _contents(**arguments)
     of_rows, of_columns = (np.float32(x).reshape(-1, 8) for x in parts)
     return token, np.float32(a) @ np.float32(b).T, 2 * of_rows @ of_columns.T  # the parts are there, and are added up, twice
