@@ -11,7 +11,7 @@ PRODUCTS, NUMBERS, DISPATCH, OTHER = "products", "quantizers, SwiGLU, casts of w
 # What a kernel is for: the first that "name|scopes of what XLA fused into it" matches.
 KINDS = (
     (r"^[^|]*(product|gemm|nvjet|cutlass|cublas)", PRODUCTS),
-    (r"quantize|retile|swiglu|cast_weights", NUMBERS),
+    (r"quantize|retile|swiglu|cast_weights|in_parts", NUMBERS),
     (r"\bdispatch\b|\bcombine\b|radix_sort", DISPATCH),
     (r"/dot_general", PRODUCTS),  # the sum of a product's parts
 )

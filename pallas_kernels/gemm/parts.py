@@ -15,6 +15,7 @@ ROWS = 8  # of an operand, whose parts lie together
 _LEFT, _RIGHT = (0, 0, 1, 1, 0, 2, 1, 2), (0, 1, 0, 1, 2, 0, 2, 1)
 
 
+@jax.named_scope("in_parts")
 def in_parts(scales: Float32[Array, "steps rows"], left: bool) -> BFloat16[Array, "steps rows/8 64"]:
     """Eight parts of each scale, of half of it for the left operand, since the kernel adds up every product of parts twice."""
     rest, parts = scales * 0.5 if left else scales, []

@@ -60,7 +60,13 @@ def choose(
     m, n, k = sizes(product, a_shape, b_shape, n_groups)
     possible = [c for c in candidates(product) if run is None or run % c.config.block_m == 0]
     config = min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
+    config = _written_out(config, -(-k // GROUP))
     return in_bands(config, m, k) if product.groups in ("none", "pieces") else config
+
+
+def _written_out(config: TuningConfig, steps: int) -> TuningConfig:
+    """Half as many steps in the body of a loop of few: with two waves a warpgroup, eight take seconds to compile and gain nothing there."""
+    return dataclasses.replace(config, steps=4) if config.waves == 2 and steps < 32 else config
 
 
 def pieces(a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int) -> int:

@@ -149,6 +149,11 @@ def test_four_blocks_share_the_rows_of_a_product_that_reads_weights():
     assert [four.clusters(sms) for sms in (2, 132)] == [1, 28]
 
 
+def test_bodies_of_two_waves_are_long_only_where_that_gains():
+    steps = lambda n, k: tiles.choose(Product("block", "rows"), (32768, k), (8, n, k), 132, 8, run=256).steps  # noqa: E731
+    assert [steps(n, k) for n, k in ((7168, 2048), (4096, 7168))] == [4, 8]
+
+
 def test_wgrad_of_few_tiles_is_cut_along_k():
     """Weights of `h200` over 32,768 tokens; those of V3 over 4096 have tiles enough, and three steps cannot be halved."""
     number = lambda m, n, k, sms=132: tiles.pieces((m, k), (n, k), sms)  # noqa: E731
