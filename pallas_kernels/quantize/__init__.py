@@ -95,6 +95,7 @@ def swiglu_backward(
     """
     _check_halves("hidden", hidden)
     _check_dtype("hidden", hidden, ("float8_e4m3fn",))
+    _check_dtype("d_act", d_act, ("bfloat16",))
     _check_scales("scales", scales, hidden.shape)
     _check_gates(gates, hidden.shape[0])
     if d_act.shape != (hidden.shape[0], hidden.shape[1] // 2):

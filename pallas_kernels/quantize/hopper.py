@@ -7,7 +7,8 @@ Layouts of registers:
 
     ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
             stored as whole words
-    FEW_ROWS  the same for 32 rows: a thread has elements of one row only
+    FEW_ROWS  the same for 32 rows, in runs of eight: a thread has elements of one row only, and few addresses
+    FOURS   the same elements in halves of those runs, which is what one store of float32 takes
     LINE    a thread has a line of its own: loads through a transposed view of the tile give it a column, so that the
             largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time
 
@@ -31,6 +32,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import tiled, whole_rows
+from pallas_kernels.quantize.instructions import larger, meet, reciprocal, split, widened
 from pallas_kernels.quantize.reference import BLOCK, E4M3, E5M6_BITS, E5M6_MAX, E5M6_MIN_EXPONENT, SMALLEST_NORMAL, tile_scale
 
 Array = jax.Array
@@ -40,7 +42,8 @@ QUARTERS, QUARTER = 4, BLOCK // 4  # warpgroups of `swiglu_backward`, and the ro
 ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
 # Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
-FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 16), (8, 16), (4,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 32), (8, 32), (8,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+FOURS = plgpu.Layout.TILED(Tiling(((32, 32), (8, 32), (8,), (4,))), warp_dims=(-6,), lane_dims=(-3, -4), vector_dim=-1)
 # 128 numbers, of which every warp has all: the largest needs no other warp.
 EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
@@ -112,7 +115,7 @@ def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, pow
         plgpu.copy_gmem_to_smem(x.at[rows, _block(first + j)], x_s.at[j], loaded.at[j])
     for j in range(tiles):
         plgpu.barrier_wait(loaded.at[j])
-        values_s[j], scales_s[j] = _quantize_lines(plgpu.load(x_s.at[j], layout=ROWS).astype(jnp.float32), power_of_two, _kind(x))
+        values_s[j], scales_s[j] = _quantize_lines(plgpu.load(x_s.at[j], layout=ROWS).astype(jnp.float32), ROWS, power_of_two, _kind(x))
     _store(
         [(values_s.at[j], values.at[rows, _block(first + j)]) for j in range(tiles)]
         + [(scales_s.at[j], scales.at[first + j, rows]) for j in range(tiles)]
@@ -153,8 +156,8 @@ def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, s
     copies = []
     for j in range(tiles):
         plgpu.barrier_wait(loaded.at[j])
-        lines = plgpu.load(x_s.at[j], layout=FEW_ROWS).astype(jnp.float32)
-        largest = _largest(jnp.max(_key(lines), axis=1))
+        lines = widened(plgpu.load(x_s.at[j], layout=FEW_ROWS), FEW_ROWS)
+        largest = _largest(_keys(lines, FEW_ROWS))
         scale, kept_scale = tile_scale(largest, False), tile_scale(largest, True, E5M6_MAX)
         values_s[j] = _quotient(lines, scale, (0,), False, SHORT).astype(E4M3)
         kept_s[j] = _to_e5m6(_quotient(lines, kept_scale, (0,), True, SHORT))
@@ -200,8 +203,8 @@ def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s
     _load([(x.at[_block(i), _block(j)], x_s)], loaded)
     for half in (pl.ds(0, 64), pl.ds(64, 64)):
         lines = plgpu.load(x_s.at[half], layout=ROWS).astype(jnp.float32)
-        values_s[half], scales_s[half] = _quantize_lines(lines, power_of_two, _kind(x))
-    columns, scales_t_s[...] = _quantize_lines(_line(x_s.T), power_of_two, _kind(x))
+        values_s[half], scales_s[half] = _quantize_lines(lines, ROWS, power_of_two, _kind(x))
+    columns, scales_t_s[...] = _quantize_lines(_line(x_s.T), LINE(4), power_of_two, _kind(x))
     values_t_s[...] = _whole(columns)
     _store(
         [
@@ -247,7 +250,7 @@ def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values
     expert, i, j = lax.div(lax.axis_index("row"), kb), lax.rem(lax.axis_index("row"), kb), lax.axis_index("column")
     _load([(w.at[expert, _block(i), _block(j)], w_s)], loaded)
     rows = plgpu.load(w_s, layout=ROWS).astype(jnp.float32)
-    scale = tile_scale(jnp.max(_largest(jnp.max(_key(rows), axis=1))), False)  # Mosaic takes one axis at a time
+    scale = tile_scale(jnp.max(_largest(_keys(rows, ROWS))), False)  # Mosaic takes one axis at a time
     scales[expert, i, j] = scale
     scales_t[expert, j, i] = scale
     values_s[...] = _quotient(rows, scale, (), False, LONG).astype(E4M3)
@@ -276,7 +279,7 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
             values_t_s=_tile(E4M3, 4, BLOCK, 64),
             scales_t_s=plgpu.SMEM((4, BLOCK), jnp.float32),
             loaded=plgpu.Barrier(num_arrivals=2, num_barriers=4 * stages),
-            largest_s=plgpu.SMEM((2, 2, 2, BLOCK), jnp.int32),
+            largest_s=plgpu.SMEM((2, 2, 2, BLOCK), jnp.uint32),
             largest_known=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ),
         interpret=interpret,
@@ -297,6 +300,8 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
     first, step, tiles = 2 * lax.axis_index("sm") + pair, 2 * lax.axis_size("sm"), scales_t.shape[0] * blocks
     own = {name: ref.at[warpgroup] for name, ref in s.items()}
     largest_s, largest_known = largest_s.at[pair], largest_known.at[pair]
+
+    by_one_warp = functools.partial(_by_one_warp, warpgroup)
 
     def place(tile):
         i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
@@ -325,8 +330,8 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
         by_row = plgpu.load(own["scales_s"].at[slot, pl.ds(half * 64, 64)], layout=LINE(4).reduce(0))
         x = x * lax.broadcast_in_dim(by_row, x.shape, (1,))
         ordinary = _ordinary(plgpu.load(own["scales_s"].at[slot], layout=EACH_WARP))
-        largest[half] = jnp.max(_key(x), axis=1)
-        _by_one_warp(stored)
+        largest[half] = _keys(x, LINE(4))
+        by_one_warp(stored)
         plgpu.barrier_arrive(largest_known)
         plgpu.barrier_wait(largest_known)
         keys = [plgpu.load(largest.at[h], layout=LINE(4).reduce(1)) for h in (0, 1)]
@@ -343,13 +348,13 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
             store(tile)
             load(n + stages)
 
-        _by_one_warp(copies)
+        by_one_warp(copies)
 
     stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
     for n in range(stages):
-        _by_one_warp(functools.partial(load, n))
+        by_one_warp(functools.partial(load, n))
     lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
-    _by_one_warp(stored)
+    by_one_warp(stored)
 
 
 @_once
@@ -392,12 +397,12 @@ def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, p
         + [(g.at[rows], gates_s) for g in gates],
         loaded,
     )
-    gate, up = (plgpu.load(hidden_s.at[half], layout=FEW_ROWS).astype(jnp.float32) for half in (0, 1))
+    gate, up = (widened(plgpu.load(hidden_s.at[half], layout=FEW_ROWS), FEW_ROWS) for half in (0, 1))
     act = gate * _sigmoid(gate) * up
-    if gates:
-        act = act * lax.broadcast_in_dim(plgpu.load(gates_s, layout=FEW_ROWS.reduce(1)), act.shape, (0,))
-    for slot, lines in enumerate(((act, power_of_two, COMPUTED), (gate, False, SHORT), (up, False, SHORT))):
-        values_s[slot], scales_s[slot] = _quantize_lines(*lines)
+    factor = plgpu.load(gates_s, layout=FEW_ROWS.reduce(1)) if gates else None
+    values_s[0], scales_s[0] = _quantize_computed(act, FEW_ROWS, power_of_two, factor)
+    for side, lines in enumerate((gate, up)):
+        values_s[1 + side], scales_s[1 + side] = _quantize_lines(lines, FEW_ROWS, False, SHORT)
     _store(
         [(values_s.at[0], values.at[rows, _block(j)]), (scales_s.at[0], scales.at[j, rows])]
         + [(values_s.at[1 + half], hidden_values.at[rows, _block(half * blocks + j)]) for half in (0, 1)]
@@ -442,7 +447,7 @@ def swiglu_backward(
             d_act_s=_tile(d_act.dtype, QUARTERS, QUARTER, BLOCK),
             gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
             turn_s=_tile(jnp.float32, QUARTERS, QUARTER, BLOCK),
-            largest_s=plgpu.SMEM((2, 3, QUARTERS, BLOCK), jnp.int32),
+            largest_s=plgpu.SMEM((2, 3, QUARTERS, BLOCK), jnp.uint32),
             values_s=_tile(E4M3, QUARTERS, 2, QUARTER, BLOCK),
             scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
             d_gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
@@ -468,6 +473,8 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
     blocks, quarter, first, step = d_gates.shape[0], lax.axis_index("quarter"), lax.axis_index("sm"), lax.axis_size("sm")
     tiles = values_t.shape[1] // BLOCK * blocks
     own = {name: ref if name in _SHARED else ref.at[quarter] for name, ref in s.items()}
+
+    by_one_warp = functools.partial(_by_one_warp, quarter)
 
     def place(tile):
         i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
@@ -498,33 +505,36 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
         plgpu.barrier_wait(own["loaded"])
         inputs = _backward_inputs(bool(gates), own)
         plgpu.commit_smem()
-        pl.when(tile + step < tiles)(lambda: _by_one_warp(lambda: load(tile + step)))
+        pl.when(tile + step < tiles)(lambda: by_one_warp(lambda: load(tile + step)))
         tensors, kept, d_gates_part = _gradients(*inputs, powers[2])
-        _by_one_warp(stored)
+        by_one_warp(stored)
         plgpu.commit_smem()
         own["d_gates_s"][...] = d_gates_part
         for side in (0, 1):
-            own["values_s"][side], own["scales_s"][side] = _quantize_lines(tensors[side], powers[side], COMPUTED)
+            own["values_s"][side], own["scales_s"][side] = _quantize_computed(tensors[side], FEW_ROWS, powers[side])
         turned = (lambda: tensors[0], lambda: tensors[1], lambda: _opened(*kept))
         _quantize_turned(turned, powers, quarter, lax.rem(n, 2), own)
         plgpu.commit_smem()
-        _by_one_warp(lambda: store(tile))
+        by_one_warp(lambda: store(tile))
 
     stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
-    _by_one_warp(lambda: load(first))
+    by_one_warp(lambda: load(first))
     lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
-    _by_one_warp(stored)
+    by_one_warp(stored)
 
 
 _SHARED = ("largest_s", "largest_known", "scales_t_s")  # of all warpgroups; each has its part of the rest
 
 
-def _by_one_warp(f: Callable) -> None:
-    """Calls f in the first warp of a warpgroup only: the others spend no instructions on its copies."""
+def _by_one_warp(warpgroup: Array, f: Callable) -> None:
+    """Calls f in one warp only: the others spend no instructions on its copies.
+
+    It is another one in each warpgroup, since first warps share a quarter of the multiprocessor, which would issue them all.
+    """
 
     @plgpu.warp_map
     def _(warp):
-        pl.when(warp == 0)(f)
+        pl.when(warp == warpgroup)(f)
 
 
 def _backward_inputs(gated: bool, own: dict) -> tuple[list[Array], list[Array], Array, Array | None]:
@@ -536,29 +546,35 @@ def _backward_inputs(gated: bool, own: dict) -> tuple[list[Array], list[Array], 
     return hidden, scales, plgpu.load(own["d_act_s"], layout=FEW_ROWS), gates
 
 
+# In units of it, gate and up (and in units of its square the activation) are what `exp2` takes: no product turns gate into that.
+_UNIT = -math.log(2)
+
+
 def _gradients(
     hidden: list[Array], scales: list[Array], d_act: Array, gates: Array | None, act_power_of_two: bool
 ) -> tuple[tuple[Array, Array], tuple[Array, Array], Array]:
     """Gradients of gate and up, the activation as it is kept, and the sum over these columns for the gradient of `gates`."""
-    parts = []
+    factor = jnp.full_like(scales[0], _UNIT) if gates is None else gates * _UNIT
+    parts: list = []
+    d_gates: Any = 0.0
     for first in range(0, BLOCK, 32):  # some columns after the others, or all steps of all columns are in registers at once
         part = slice(first, first + 32)
-        gate, up = (_opened(x[:, part], scale) for x, scale in zip(hidden, scales, strict=True))
-        parts.append(_gradients_of(gate, up, d_act[:, part].astype(jnp.float32), gates))
-    *wide, d_gates = zip(*parts, strict=True)
-    d_gate, d_up, act = (jnp.concatenate(x, axis=1) for x in wide)
-    return (d_gate, d_up), _quantize_lines(act, act_power_of_two, COMPUTED), functools.reduce(jnp.add, d_gates)
+        gate, up = (_opened(x[:, part], scale * (1 / _UNIT)) for x, scale in zip(hidden, scales, strict=True))
+        *wide, d_gates_part = _gradients_of(gate, up, widened(d_act[:, part], FEW_ROWS), factor)
+        parts.append(wide)
+        d_gates += d_gates_part
+    d_gate, d_up, act = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    kept = _quantize_computed(act, FEW_ROWS, act_power_of_two, factor * _UNIT)
+    return (d_gate, d_up), kept, jnp.sum(d_gates, axis=1) * _UNIT**2
 
 
-def _gradients_of(gate: Array, up: Array, d_act: Array, gates: Array | None) -> tuple[Array, Array, Array, Array]:
-    sigmoid = _sigmoid(gate)
+def _gradients_of(gate: Array, up: Array, d_act: Array, factor: Array) -> tuple[Array, Array, Array, Array]:
+    """Gradients of gate and up, the activation without `gates`, and terms of the gradient of those; `factor` is _UNIT times them."""
+    sigmoid = reciprocal(1.0 + jnp.exp2(gate), FEW_ROWS)
     silu = gate * sigmoid
     act = silu * up
-    d_gates = jnp.sum(d_act * act, axis=1)
-    if gates is not None:
-        gates = lax.broadcast_in_dim(gates, act.shape, (0,))
-        act, d_act = act * gates, d_act * gates
-    return d_act * up * (sigmoid + silu * (1.0 - sigmoid)), d_act * silu, act, d_gates
+    gated = d_act * lax.broadcast_in_dim(factor, act.shape, (0,))
+    return gated * up * (sigmoid + silu * (_UNIT - _UNIT * sigmoid)), gated * silu, act, d_act * act
 
 
 def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Array, s: dict) -> None:
@@ -568,18 +584,18 @@ def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Arra
     """
     turned = []
     for slot, tensor in enumerate(tensors):
-        plgpu.commit_smem()  # a barrier of the warpgroup
-        s["turn_s"][...] = tensor()
-        plgpu.commit_smem()
+        meet()
+        s["turn_s"][...] = split(tensor(), FEW_ROWS, FOURS)
+        meet()
         turned.append(_line(s["turn_s"].T))
-        s["largest_s"][parity, slot, quarter] = jnp.max(_key(turned[slot]), axis=1)
+        s["largest_s"][parity, slot, quarter] = _keys(turned[slot], LINE(4))
     plgpu.barrier_arrive(s["largest_known"])
     plgpu.barrier_wait(s["largest_known"])
     turned[-1] = _line(s["turn_s"].T)  # still there, and loaded again needs no registers meanwhile
     for slot, (x, power_of_two) in enumerate(zip(turned, powers, strict=True)):
         keys = [plgpu.load(s["largest_s"].at[parity, slot, q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
         scale = tile_scale(_largest(functools.reduce(jnp.maximum, keys)), power_of_two)
-        s["values_t_s"][slot] = _whole(_quotient(x, scale, (0,), power_of_two, COMPUTED).astype(E4M3))
+        s["values_t_s"][slot] = _whole(_computed_quotient(x, LINE(4), scale, power_of_two))
 
         @pl.when(quarter == 0)
         def _(slot=slot, scale=scale):
@@ -594,32 +610,53 @@ def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Arra
 #   SHORT   bfloat16: high * (1 + rest) with 35 bits of the reciprocal. Right for every pair of x and scale (tested)
 #   LONG    float32: a product, what it lacks, and a correction, the last two as fused multiply-adds: correctly rounded
 #           whatever the reciprocal's last bits. Mosaic allows that contraction; XLA on a CPU may not make it
-#   COMPUTED float32 that has rounding errors of its own: the product. A subnormal number is not made zero here, which only a
-#           tile whose largest is under 6e-33 could show
 #   WIDE    of `_ordinary` tiles: 48 bits of the reciprocal, in two parts. No pair is closer than that to a bound between two
 #           values of E4M3 (a test goes through those that are close), and no number is subnormal
-# Scales that are powers of two have exact reciprocals, and the product is right.
-SHORT, LONG, COMPUTED, WIDE = "short", "long", "computed", "wide"
+# Scales that are powers of two have exact reciprocals, and the product is right. It is also enough where x was computed, and has
+# rounding errors of its own. There, a subnormal number is not made zero, which only a tile whose largest is under 6e-33 could show.
+SHORT, LONG, WIDE = "short", "long", "wide"
 
 
 def _kind(x: Any) -> str:
     return LONG if x.dtype == jnp.float32 else SHORT
 
 
-def _quantize_lines(x: Array, power_of_two: bool, kind: str) -> tuple[Array, Array]:
+def _quantize_lines(x: Array, layout: Any, power_of_two: bool, kind: str) -> tuple[Array, Array]:
     """E4M3 values of x[lines, n] in float32, and the scale of each line."""
-    scale = tile_scale(_largest(jnp.max(_key(x), axis=1)), power_of_two)
+    scale = tile_scale(_largest(_keys(x, layout)), power_of_two)
     return _quotient(x, scale, (0,), power_of_two, kind).astype(E4M3), scale
 
 
-def _key(x: Array) -> Array:
-    """Integers in the order of |x|, NaN below zero: two instructions, where a test for NaN would take another."""
-    return _bits(x) * 2 - 0x7F000001
+def _keys(x: Array, layout: Any) -> Array:
+    """The largest magnitude of each line of x[lines, n], as an unsigned integer: the bits of its negative, those of NaN below.
+
+    So two elements take one instruction, and then two of the results one more.
+    """
+    half = x.shape[1] // 2
+    return jnp.max(_unsigned(larger(x[:, :half], x[:, half:], layout)), axis=1)
 
 
 def _largest(key: Array) -> Array:
-    """The magnitude that a largest `_key` stands for, 0 if that is of NaN."""
-    return _float((jnp.maximum(key, -0x7F000001) + 0x7F000001 >> 1) & 0x7FFFFFFF)
+    """The magnitude that a largest of `_keys` stands for, 0 if that is of NaN."""
+    sign = jnp.uint32(1 << 31)
+    return lax.bitcast_convert_type(jnp.maximum(key, sign) ^ sign, jnp.float32)
+
+
+def _quantize_computed(x: Array, layout: Any, power_of_two: bool, factor: Array | None = None) -> tuple[Array, Array]:
+    """The same of lines that were computed, or of their products with `factor`, one for each line."""
+    largest = _largest(_keys(x, layout))
+    if factor is not None:
+        largest = largest * jnp.abs(factor)
+        largest = jnp.where(jnp.isnan(largest), 0.0, largest)
+    scale = tile_scale(largest, power_of_two)
+    return _computed_quotient(x, layout, scale, power_of_two, factor), scale
+
+
+def _computed_quotient(x: Array, layout: Any, scale: Array, power_of_two: bool, factor: Array | None = None) -> Array:
+    """E4M3 of computed x / scale, or of x * factor / scale."""
+    inverse = _if_finite(scale, _inverse_power(scale)) if power_of_two else reciprocal(scale, layout.reduce(1))
+    inverse = inverse if factor is None else inverse * factor
+    return (x * lax.broadcast_in_dim(inverse, x.shape, (0,))).astype(E4M3)
 
 
 def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str) -> Array:
@@ -639,11 +676,9 @@ def _quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool,
         rest = high * (1.0 - scale * high)
         high, rest = (spread(_if_finite(scale, part)) for part in (high, rest))
         return x * high + x * rest
-    reciprocal = spread(_if_finite(scale, 1.0 / scale))
-    quotient = x * reciprocal
-    if kind == COMPUTED:
-        return quotient
-    return quotient + (x - quotient * spread(_if_finite(scale, scale))) * reciprocal
+    inverse = spread(_if_finite(scale, 1.0 / scale))
+    quotient = x * inverse
+    return quotient + (x - quotient * spread(_if_finite(scale, scale))) * inverse
 
 
 def _ordinary(scales: Array) -> Array:
@@ -682,13 +717,17 @@ def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
+def _unsigned(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
 def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), by instructions without a quotient's care for extremes. Right to 2^-22 each, they make 1e-5 of it at x = -20."""
-    return jnp.exp2(-jnp.log2(1.0 + jnp.exp2(x * (-1 / math.log(2)))))
+    """1 / (1 + exp(-x)), by instructions without a quotient's care for extremes: within 2e-6 of it at x = -20."""
+    return reciprocal(1.0 + jnp.exp2(x * (-1 / math.log(2))), FEW_ROWS)
 
 
 def _opened(values: Array, scales: Array) -> Array:

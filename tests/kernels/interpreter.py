@@ -119,9 +119,14 @@ def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arg
     return token
 
 
-# Nor what `pallas_kernels.gemm.wgmma` writes in PTX. Products are made when they are issued, as the interpreter makes all of them.
+# Nor what `pallas_kernels.gemm.wgmma` and `pallas_kernels.quantize.instructions` write in PTX. Products are made when they are
+# issued, as the interpreter makes all of them.
 def _inline(self, eqn, token, get_values):
     name = eqn.params["mgpu_fn"].__name__
+    if name == "warpgroup_barrier":  # a warpgroup is one thread here
+        return token, []
+    if name in _ELEMENTWISE:
+        return token, [_ELEMENTWISE[name](*get_values())]
     if name == "shared_address":
         return token, [jnp.int32(0)]
     if name == "finished":
@@ -140,6 +145,19 @@ def _inline(self, eqn, token, get_values):
             end, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread
         )
     return token, made
+
+
+def _larger_magnitude(x, y):
+    larger = jnp.fmax(jnp.abs(x), jnp.abs(y))
+    return jnp.where(jnp.isnan(larger), jnp.nan, -larger)
+
+
+_ELEMENTWISE = {
+    "approximate_reciprocal": lambda x: 1 / x,
+    "larger_magnitude": _larger_magnitude,
+    "shorter_vectors": lambda x: x,
+    "pairs_to_float32": lambda x: x.astype(jnp.float32),
+}
 
 
 @gpu_callbacks.fail_on_exception

@@ -1,0 +1,111 @@
+"""Instructions that Pallas has no operation for, element by element, written in PTX by `plgpu.inline_mgpu`.
+
+Operands are in registers; `layout` is how theirs are laid out, which `inline_mgpu` has to be told.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxtyping import Array, BFloat16, Float32
+
+
+def reciprocal(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
+    """1 / x to an ulp in one instruction, where a division tests x for extremes. A subnormal x or result counts as zero."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_numbers(x, layout))
+    def approximate_reciprocal(_: Any, x: Any) -> Any:
+        return _each(_instruction("rcp.approx.ftz.f32 $0, $1;"), x)
+
+    return approximate_reciprocal(x)
+
+
+def larger(x: Float32[Array, "*s"], y: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
+    """-max(|x|, |y|), of a NaN and a number the number: one instruction. Of two NaNs it is positive, the only such result."""
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=_numbers(x, layout))
+    def larger_magnitude(_: Any, x: Any, y: Any) -> Any:
+        text = "{ .reg .f32 x, y; abs.f32 x, $1; abs.f32 y, $2; neg.f32 x, x; neg.f32 y, y; min.f32 $0, x, y; }"
+        return _each(_instruction(text), x, y)
+
+    return larger_magnitude(x, y)
+
+
+def widened(x: BFloat16[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
+    """float32 of x, an instruction each, where a conversion takes one more for the upper half of a register."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_numbers(x, layout))
+    def pairs_to_float32(_: Any, x: Any) -> Any:
+        return _each(_widen, x)
+
+    return pairs_to_float32(x)
+
+
+def meet() -> None:
+    """A barrier of the warpgroup, for what it has in shared memory: `commit_smem` without the fence that copies need."""
+
+    @plgpu.inline_mgpu()
+    def warpgroup_barrier(_: Any) -> None:
+        utils.warpgroup_barrier()
+
+    warpgroup_barrier()
+
+
+def split(x: Float32[Array, "*s"], layout: Any, shorter: Any) -> Float32[Array, "*s"]:
+    """x, each thread with the same elements in shorter vectors: no instruction, and no layout that `layout_cast` knows."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_numbers(x, shorter))
+    def shorter_vectors(_: Any, x: Any) -> Any:
+        after = shorter.to_mgpu()
+        elements = [each for register in x.registers.flat for each in _elements(register)]
+        registers = np.empty(after.registers_shape(x.shape), dtype=object)
+        registers.flat = [_vector(elements[i : i + after.vector_length]) for i in range(0, len(elements), after.vector_length)]
+        return mgpu.FragmentedArray(_registers=registers, _layout=after, _is_signed=None)
+
+    return shorter_vectors(x)
+
+
+def _numbers(like: Array, layout: Any) -> Any:
+    return plgpu.ShapeDtypeStruct(like.shape, jnp.float32, layout=layout)
+
+
+def _each(operation: Callable[..., Any], *operands: Any) -> Any:
+    """Applied to every register of a thread."""
+    first = operands[0]
+    registers = np.empty(first.registers.shape, dtype=object)
+    for at in np.ndindex(registers.shape):
+        registers[at] = operation(*(x.registers[at] for x in operands))
+    return mgpu.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=None)
+
+
+def _instruction(text: str) -> Callable[..., Any]:
+    """Applied to vectors of float32."""
+
+    def apply(*operands: Any) -> Any:
+        f32, constraints = ir.F32Type.get(), ",".join(["=f"] + ["f"] * len(operands))
+        return _vector([llvm.inline_asm(f32, list(each), text, constraints) for each in zip(*map(_elements, operands), strict=True)])
+
+    return apply
+
+
+def _widen(pairs: Any) -> Any:
+    """Both halves of each register, as the upper half of one."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    words = _elements(utils.bitcast(pairs, ir.VectorType.get((ir.VectorType(pairs.type).shape[0] // 2,), i32)))
+    halves = [half for x in words for half in (arith.shli(x, mgpu.c(16, i32)), arith.andi(x, mgpu.c(-(1 << 16), i32)))]
+    return _vector([arith.bitcast(f32, half) for half in halves])
+
+
+def _elements(x: Any) -> list[Any]:
+    at = [ir.DenseI64ArrayAttr.get([i]) for i in range(ir.VectorType(x.type).shape[0])]
+    return [vector.extract(x, dynamic_position=[], static_position=i) for i in at]
+
+
+def _vector(elements: list[Any]) -> Any:
+    return vector.from_elements(ir.VectorType.get((len(elements),), elements[0].type), elements)
