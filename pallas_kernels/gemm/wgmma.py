@@ -29,8 +29,9 @@ PARTS = 64  # bfloat16 numbers for the scales of eight rows, see `pallas_kernels
 _NUMBER, _SUMS = plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WGMMA
 _TILED = plgpu.RefType((plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
 _PLAIN = plgpu.RefType()
-# The upper halves of descriptors: how far apart eight rows begin and, in bit 62, that rows of 128 bytes are swizzled. The
-# lower ones are addresses alone: the second half of k is read where the first is, or in the same 128 bytes.
+# The upper halves of descriptors: how far apart every eight rows begin and, in bit 62, that rows of 128 bytes are swizzled.
+# The lower halves are addresses, with nothing above them: that would be how far apart both halves of an instruction's k are, which
+# swizzled rows do not ask for, and which is zero for parts, so that they are read twice.
 _SWIZZLED, _FLAT = 8 * SWIZZLE // UNIT | 1 << 30, PARTS * 2 // UNIT
 _EACH = fragmented_array.WGMMA_LAYOUT_ACC_32BIT  # the layout of sums, with every number in a register of its own
 _TYPES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
