@@ -105,6 +105,13 @@ class _Kernel:
     itemsize: int
     adds: bool  # to what the output holds
 
+    def __post_init__(self) -> None:
+        c = self.config
+        if self.product.scales == "block" and GROUP % c.block_n:
+            raise ValueError(f"config: block_n {c.block_n}: has to divide {GROUP}, so that a tile's columns have one scale a step")
+        if c.waves > 1 and (c.overlap or self.product.scales != "block"):
+            raise ValueError(f"config: block_m {c.block_m}: two waves a warpgroup are for scales of blocks, and are not overlapped")
+
     @property
     def turned(self) -> dict[str, bool]:
         """Operands whose contraction comes first: 16-bit wgmma reads those of Wgrad as they lie, [tokens, columns], and weights too."""

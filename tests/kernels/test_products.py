@@ -114,6 +114,21 @@ def test_the_addend_is_added_in_place_by_tma(groups):
         assert "output_operand_alias" in text
 
 
+@pytest.mark.parametrize(
+    ("product", "config", "words"),
+    [
+        (Product(), TuningConfig(block_n=96), "block_n 96: has to divide 128"),
+        (Product(), TuningConfig(256, overlap=True), "block_m 256: two waves"),
+        (Product("row", out="float32"), TuningConfig(256), "block_m 256: two waves"),
+        (Product("none", "contraction", "float32"), TuningConfig(256), "block_m 256: two waves"),
+    ],
+)
+def test_tiles_that_no_scheme_takes_are_refused(product, config, words):
+    """They would be multiplied with scales of other columns, or not at all."""
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(functools.partial(hopper.multiply, product, config, sm_count=132), *shapes(product, 4096, 2112, 7168, 1))
+
+
 def test_an_addend_of_another_shape_or_type_is_refused():
     """TMA would add what fits into it."""
     product = Product("row", out="float32")
