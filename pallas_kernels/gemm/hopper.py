@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm import wgmma
-from pallas_kernels.gemm.parts import ROWS
+from pallas_kernels.gemm.parts import PARTS, ROWS
 from pallas_kernels.gemm.product import GROUP, LINE, SWIZZLE, WAVE, Product, TuningConfig
 from pallas_kernels.memory import tiled
 
@@ -177,7 +177,7 @@ class _Kernel:
             scratch["b_scale_slots"] = plgpu.SMEM((c.stages, _ALIGNED), jnp.float32)
         if self.product.scales == "row":
             for name, rows in (("a_scale_slots", c.block_m), ("b_scale_slots", c.block_n)):
-                scratch[name] = plgpu.SMEM((c.stages, rows // ROWS, wgmma.PARTS), jnp.bfloat16)
+                scratch[name] = plgpu.SMEM((c.stages, rows // ROWS, PARTS), jnp.bfloat16)
         return scratch
 
 

@@ -13,6 +13,7 @@ ROWS = 8  # of an operand, whose parts lie together
 # float32 = three bfloat16 parts, of which the largest comes first. All of their products but the smallest, 2^-32 of the
 # largest; the tensor cores add up part i of the left scale times part i of the right.
 _LEFT, _RIGHT = (0, 0, 1, 1, 0, 2, 1, 2), (0, 1, 0, 1, 2, 0, 2, 1)
+PARTS = ROWS * len(_LEFT)  # of the scales of so many rows
 
 
 @jax.named_scope("in_parts")
@@ -24,4 +25,4 @@ def in_parts(scales: Float32[Array, "steps rows"], left: bool) -> BFloat16[Array
         parts.append(jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
         rest = rest - parts[-1]
     chosen = jnp.stack([parts[i] for i in (_LEFT if left else _RIGHT)], -1).astype(jnp.bfloat16)
-    return chosen.reshape(scales.shape[0], -1, ROWS * len(_LEFT))
+    return chosen.reshape(scales.shape[0], -1, PARTS)

@@ -18,13 +18,14 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float32, Int32
 
+from pallas_kernels.gemm.parts import PARTS
 from pallas_kernels.gemm.product import SWIZZLE, WAVE
+from pallas_kernels.registers import elements, together
 
 UNIT = 16  # bytes: what descriptors count in
-PARTS = 64  # bfloat16 numbers for the scales of eight rows, see `pallas_kernels.gemm.parts`
 
 _NUMBER, _SUMS = plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WGMMA
 _TILED = plgpu.RefType((plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
@@ -141,9 +142,7 @@ class _Taken(NamedTuple):
     @classmethod
     def of(cls, *sums: Any) -> "_Taken":
         whole = [x.to_layout(_EACH).registers for x in sums]
-        first = ir.DenseI64ArrayAttr.get([0])
-        numbers = [vector.extract(x, dynamic_position=[], static_position=first) for each in whole for x in each.flat]
-        return cls(numbers, [x.shape for x in whole])
+        return cls([number for each in whole for x in each.flat for number in elements(x)], [x.shape for x in whole])
 
     def after(self, text: str, addresses: Sequence[Any] = ()) -> "_Taken":
         """After a statement that may change them where they are. None can be used before it."""
@@ -154,11 +153,11 @@ class _Taken(NamedTuple):
         return _Taken([llvm.extractvalue(f32, out, [i]) for i in range(total)], self.shapes)
 
     def arrays(self) -> tuple[Any, ...]:
-        vector_type, numbers, arrays = ir.VectorType.get((1,), ir.F32Type.get()), iter(self.numbers), []
+        numbers, arrays = iter(self.numbers), []
         for shape in self.shapes:
             registers = np.empty(shape, dtype=object)
             for at in np.ndindex(shape):
-                registers[at] = vector.from_elements(vector_type, [next(numbers)])
+                registers[at] = together([next(numbers)])
             arrays.append(mgpu.FragmentedArray(_registers=registers, _layout=_EACH, _is_signed=None).to_layout(mgpu.WGMMA_LAYOUT))
         return tuple(arrays)
 

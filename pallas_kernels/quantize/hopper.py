@@ -300,7 +300,6 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
     first, step, tiles = 2 * lax.axis_index("sm") + pair, 2 * lax.axis_size("sm"), scales_t.shape[0] * blocks
     own = {name: ref.at[warpgroup] for name, ref in s.items()}
     largest_s, largest_known = largest_s.at[pair], largest_known.at[pair]
-
     by_one_warp = functools.partial(_by_one_warp, warpgroup)
 
     def place(tile):
@@ -398,7 +397,7 @@ def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, p
         loaded,
     )
     gate, up = (widened(plgpu.load(hidden_s.at[half], layout=FEW_ROWS), FEW_ROWS) for half in (0, 1))
-    act = gate * _sigmoid(gate) * up
+    act = gate * _sigmoid(gate * (1 / _UNIT)) * up
     factor = plgpu.load(gates_s, layout=FEW_ROWS.reduce(1)) if gates else None
     values_s[0], scales_s[0] = _quantize_computed(act, FEW_ROWS, power_of_two, factor)
     for side, lines in enumerate((gate, up)):
@@ -473,7 +472,6 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
     blocks, quarter, first, step = d_gates.shape[0], lax.axis_index("quarter"), lax.axis_index("sm"), lax.axis_size("sm")
     tiles = values_t.shape[1] // BLOCK * blocks
     own = {name: ref if name in _SHARED else ref.at[quarter] for name, ref in s.items()}
-
     by_one_warp = functools.partial(_by_one_warp, quarter)
 
     def place(tile):
@@ -570,7 +568,7 @@ def _gradients(
 
 def _gradients_of(gate: Array, up: Array, d_act: Array, factor: Array) -> tuple[Array, Array, Array, Array]:
     """Gradients of gate and up, the activation without `gates`, and terms of the gradient of those; `factor` is _UNIT times them."""
-    sigmoid = reciprocal(1.0 + jnp.exp2(gate), FEW_ROWS)
+    sigmoid = _sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
     gated = d_act * lax.broadcast_in_dim(factor, act.shape, (0,))
@@ -726,8 +724,8 @@ def _float(bits: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), by instructions without a quotient's care for extremes: within 2e-6 of it at x = -20."""
-    return reciprocal(1.0 + jnp.exp2(x * (-1 / math.log(2))), FEW_ROWS)
+    """1 / (1 + exp2(x)), for x in units of `_UNIT`, without a quotient's care for extremes: within 2e-6 of it where exp2(x) is exp(20)."""
+    return reciprocal(1.0 + jnp.exp2(x), FEW_ROWS)
 
 
 def _opened(values: Array, scales: Array) -> Array:

@@ -12,8 +12,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, BFloat16, Float32
+
+from pallas_kernels.registers import elements, together
 
 
 def reciprocal(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
@@ -63,9 +65,9 @@ def split(x: Float32[Array, "*s"], layout: Any, shorter: Any) -> Float32[Array, 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=_numbers(x, shorter))
     def shorter_vectors(_: Any, x: Any) -> Any:
         after = shorter.to_mgpu()
-        elements = [each for register in x.registers.flat for each in _elements(register)]
+        numbers = [each for register in x.registers.flat for each in elements(register)]
         registers = np.empty(after.registers_shape(x.shape), dtype=object)
-        registers.flat = [_vector(elements[i : i + after.vector_length]) for i in range(0, len(elements), after.vector_length)]
+        registers.flat = [together(numbers[i : i + after.vector_length]) for i in range(0, len(numbers), after.vector_length)]
         return mgpu.FragmentedArray(_registers=registers, _layout=after, _is_signed=None)
 
     return shorter_vectors(x)
@@ -89,7 +91,7 @@ def _instruction(text: str) -> Callable[..., Any]:
 
     def apply(*operands: Any) -> Any:
         f32, constraints = ir.F32Type.get(), ",".join(["=f"] + ["f"] * len(operands))
-        return _vector([llvm.inline_asm(f32, list(each), text, constraints) for each in zip(*map(_elements, operands), strict=True)])
+        return together([llvm.inline_asm(f32, list(each), text, constraints) for each in zip(*map(elements, operands), strict=True)])
 
     return apply
 
@@ -97,15 +99,6 @@ def _instruction(text: str) -> Callable[..., Any]:
 def _widen(pairs: Any) -> Any:
     """Both halves of each register, as the upper half of one."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    words = _elements(utils.bitcast(pairs, ir.VectorType.get((ir.VectorType(pairs.type).shape[0] // 2,), i32)))
+    words = elements(utils.bitcast(pairs, ir.VectorType.get((ir.VectorType(pairs.type).shape[0] // 2,), i32)))
     halves = [half for x in words for half in (arith.shli(x, mgpu.c(16, i32)), arith.andi(x, mgpu.c(-(1 << 16), i32)))]
-    return _vector([arith.bitcast(f32, half) for half in halves])
-
-
-def _elements(x: Any) -> list[Any]:
-    at = [ir.DenseI64ArrayAttr.get([i]) for i in range(ir.VectorType(x.type).shape[0])]
-    return [vector.extract(x, dynamic_position=[], static_position=i) for i in at]
-
-
-def _vector(elements: list[Any]) -> Any:
-    return vector.from_elements(ir.VectorType.get((len(elements),), elements[0].type), elements)
+    return together([arith.bitcast(f32, half) for half in halves])
