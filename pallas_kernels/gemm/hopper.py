@@ -192,11 +192,11 @@ class _Tile:
     steps: jax.Array | int
 
 
-def _locate(kernel: _Kernel, refs: Any, index: tuple[jax.Array, ...]) -> _Tile:
+def _locate(kernel: _Kernel, refs: Any, live: tuple[Any, int], index: tuple[jax.Array, ...]) -> _Tile:
     c = kernel.config
     groups = kernel.product.groups
     group: Any = index[0] if len(index) == 2 else None
-    mi, ni = plgpu.planar_snake(index[-1], _live_tiles(kernel, refs), *c.raster)
+    mi, ni = plgpu.planar_snake(index[-1], live, *c.raster)
     row, column = _corner(c, mi, ni)
     if groups == "none":
         return _Tile(row, column, None, 0, kernel.k_steps)
@@ -231,8 +231,8 @@ def _live_tiles(kernel: _Kernel, refs: Any) -> tuple[Any, int]:
     return m_tiles, n_tiles
 
 
-def _tile_loop(kernel: _Kernel, refs: Any, carry: Any) -> Any:
-    m_tiles, n_tiles = _live_tiles(kernel, refs)
+def _tile_loop(kernel: _Kernel, live: tuple[Any, int], carry: Any) -> Any:
+    m_tiles, n_tiles = live
     grid = (kernel.n_groups, m_tiles * n_tiles) if kernel.product.per_group else (m_tiles * n_tiles,)
     return plgpu.nd_loop(grid, collective_axes="sm", init_carry=carry)
 
@@ -269,9 +269,11 @@ def _produce(kernel: _Kernel, refs: Any, side: Literal["a", "b"]) -> None:
     stages = kernel.config.stages
     copy = _copy_a if side == "a" else _copy_b
 
-    @_tile_loop(kernel, refs, (jnp.int32(0), jnp.int32(0)))
+    live = _live_tiles(kernel, refs)
+
+    @_tile_loop(kernel, live, (jnp.int32(0), jnp.int32(0)))
     def loop(info: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        tile = _locate(kernel, refs, info.index)
+        tile = _locate(kernel, refs, live, info.index)
 
         def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             slot, filled = carry
@@ -334,28 +336,30 @@ def _of_weights(kernel: _Kernel, refs: Any, name: Literal["b", "b_scales"], tile
 
 
 def _consume(kernel: _Kernel, refs: Any, warpgroup: jax.Array) -> None:
-    @_tile_loop(kernel, refs, jnp.int32(0))
+    live = _live_tiles(kernel, refs)
+
+    @_tile_loop(kernel, live, jnp.int32(0))
     def _tiles(info: Any, carry: jax.Array) -> jax.Array:
-        tile = _locate(kernel, refs, info.index)
+        tile = _locate(kernel, refs, live, info.index)
         add = _sum_plain if kernel.product.scales == "none" else _sum_scaled
         sums, slot = add(kernel, refs, warpgroup, tile, carry)
         _store(kernel, refs, warpgroup, tile, sums)
         return slot
 
     if kernel.product.groups == "rows":
-        _clear_rest(kernel, refs, warpgroup)
+        _clear_rest(kernel, refs, warpgroup, live)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _clear_rest(kernel: _Kernel, refs: Any, warpgroup: jax.Array) -> None:
+def _clear_rest(kernel: _Kernel, refs: Any, warpgroup: jax.Array, live: tuple[Any, int]) -> None:
     """Zeros where no expert owns the rows."""
     c = kernel.config
-    live, n_tiles = _live_tiles(kernel, refs)
+    m_tiles, n_tiles = live
     zeros = _zeros(kernel)
 
-    @plgpu.nd_loop(((kernel.tiles[0] - live) * n_tiles,), collective_axes="sm")
+    @plgpu.nd_loop(((kernel.tiles[0] - m_tiles) * n_tiles,), collective_axes="sm")
     def _tiles(info: Any) -> None:
-        mi, ni = lax.div(info.index[0], n_tiles) + live, lax.rem(info.index[0], n_tiles)
+        mi, ni = lax.div(info.index[0], n_tiles) + m_tiles, lax.rem(info.index[0], n_tiles)
         _store(kernel, refs, warpgroup, _Tile(*_corner(c, mi, ni), None, 0, 0), zeros)
 
 
@@ -523,11 +527,13 @@ def _store(kernel: _Kernel, refs: Any, warpgroup: jax.Array, tile: _Tile, sums: 
     width = kernel.store_columns
     out = refs["out"].at[tile.group] if len(kernel.out_shape) == 3 else refs["out"]
     pieces = [(wave, at, total[:, at : at + width]) for wave, total in enumerate(sums) for at in range(0, c.block_n, width)]
-    for number, (wave, column, piece) in enumerate(pieces):
-        slot = refs["out_slots"].at[warpgroup, number % c.store_slots]
-        plgpu.wait_smem_to_gmem(c.store_slots - 1, wait_read_only=True)
-        slot[...] = piece.astype(kernel.product.out)
+    for first in range(0, len(pieces), c.store_slots):
+        together = list(enumerate(pieces[first : first + c.store_slots]))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for slot, (_, _, piece) in together:
+            refs["out_slots"][warpgroup, slot] = piece.astype(kernel.product.out)
         plgpu.commit_smem()
-        rows = pl.ds(tile.row + _rows_of(kernel, warpgroup, wave), WAVE)
-        window = out.at[rows, pl.ds(tile.column + column, width)]
-        plgpu.copy_smem_to_gmem(slot, window, reduction_op="add" if kernel.adds else None)
+        for slot, (wave, column, _) in together:
+            rows = pl.ds(tile.row + _rows_of(kernel, warpgroup, wave), WAVE)
+            window = out.at[rows, pl.ds(tile.column + column, width)]
+            plgpu.copy_smem_to_gmem(refs["out_slots"].at[warpgroup, slot], window, reduction_op="add" if kernel.adds else None)
