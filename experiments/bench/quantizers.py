@@ -2,9 +2,12 @@
 
     uv run -m experiments.bench.quantizers
 
-Bytes count every input and output once; times are those of the kernel alone, from CUPTI, with a cold L2. Needs a Hopper GPU.
+Bytes count every input and output once; times are those of the kernel alone, from CUPTI, back to back and with a cold L2, which
+first writes back what cleared it. Each time stands beside that of an XLA copy of as many bytes, timed in the same way, and
+the rate of a large copy in a loop, by the host's clock, is printed first. Needs a Hopper GPU.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from experiments import cli
@@ -16,16 +19,25 @@ def main() -> int:
     from pallas_kernels.quantize.hopper import PRODUCTION
 
     copied = copy_rate()
-    print(f"copy: {copied / 1e12:.2f} TB/s, read and written\n{'kernel':<36} {'us':>9} {'TB/s':>6}  of the copy", flush=True)
+    heading = f"{'us, cold':>9} {'TB/s':>6} {'of a copy':>10} {'us, warm':>9} {'TB/s':>6} {'of a copy':>10} {'of the loop':>12}"
+    print(f"copy in a loop: {copied / 1e12:.2f} TB/s, read and written\n{'kernel':<46} {heading}", flush=True)
     for name, shape, dtype in PRODUCTION:
-        seconds, size = measure(name, shape, dtype)
-        what = f"{name} {'x'.join(map(str, shape))} {dtype}"
-        print(f"{what:<46} {seconds * 1e6:>9.1f} {size / seconds / 1e12:>6.2f}  {size / seconds / copied:.1%}", flush=True)
+        run, operands, size = prepared(name, shape, dtype)
+        line = f"{f'{name} {"x".join(map(str, shape))} {dtype}':<46}"
+        for cold in (True, False):
+            seconds = kernel_seconds(run, operands, cold=cold)
+            line += f" {seconds * 1e6:>9.1f} {size / seconds / 1e12:>6.2f} {copy_seconds(size, cold) / seconds:>10.1%}"
+        print(f"{line} {size / seconds / copied:>12.1%}", flush=True)
     return 0
 
 
-def measure(name: str, shape: tuple[int, ...], dtype: str) -> tuple[float, int]:
-    """Seconds, and bytes read and written."""
+def copy_seconds(size: int, cold: bool) -> float:
+    """Of a kernel of XLA's that reads half of so many bytes and writes the other half."""
+    return kernel_seconds(lambda x: x + 1, [draw(0, (size // 8,), "float32")], cold)
+
+
+def prepared(name: str, shape: tuple[int, ...], dtype: str) -> tuple[Callable[..., Any], list[Any], int]:
+    """A call, its operands, and how many bytes are read and written."""
     import jax
     import jax.numpy as jnp
 
@@ -47,7 +59,7 @@ def measure(name: str, shape: tuple[int, ...], dtype: str) -> tuple[float, int]:
     run = jax.jit(lambda *arrays: getattr(ops, name)(*arrays, *flags, impl="pallas"))
     outputs = jax.eval_shape(run, *operands)
     size = sum(int(jnp.dtype(x.dtype).itemsize) * x.size for x in jax.tree.leaves((operands, outputs)))
-    return kernel_seconds(run, operands, cold=True), size
+    return run, operands, size
 
 
 if __name__ == "__main__":

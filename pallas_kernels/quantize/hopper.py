@@ -8,11 +8,11 @@ Layouts of registers:
     ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
             stored as whole words
     FEW_ROWS  the same for 32 rows, in runs of eight: a thread has elements of one row only, and few addresses
-    FOURS   the same elements in halves of those runs, which is what one store of float32 takes
     LINE    a thread has a line of its own: loads through a transposed view of the tile give it a column, so that the
-            largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time
+            largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time; in
+            `swiglu_backward` also a piece of a row (`pieces`)
 
-Both load and store without bank conflicts, which the lowering checks. TMA fills what lies outside of an array with zeros
+They load and store without bank conflicts, which the lowering checks. TMA fills what lies outside of an array with zeros
 and does not store there, so edges need no code. That is true of tiles; lines (scales) are copied whole, so arrays of
 lines are padded to whole tiles.
 """
@@ -32,7 +32,8 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import tiled, whole_rows
-from pallas_kernels.quantize.instructions import larger, meet, reciprocal, split, widened
+from pallas_kernels.quantize.instructions import fence, larger, meet, reciprocal, widened
+from pallas_kernels.quantize.pieces import load_of_rows, load_pieces, of_rows, store_columns, store_pieces, turn
 from pallas_kernels.quantize.reference import BLOCK, E4M3, E5M6_BITS, E5M6_MAX, E5M6_MIN_EXPONENT, SMALLEST_NORMAL, tile_scale
 
 Array = jax.Array
@@ -43,7 +44,6 @@ ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
 # Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
 FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 32), (8, 32), (8,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
-FOURS = plgpu.Layout.TILED(Tiling(((32, 32), (8, 32), (8,), (4,))), warp_dims=(-6,), lane_dims=(-3, -4), vector_dim=-1)
 # 128 numbers, of which every warp has all: the largest needs no other warp.
 EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
@@ -276,11 +276,11 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
         scratch=dict(
             values_s=_tile(values.dtype, 4, stages, 64, BLOCK, width=k),
             scales_s=plgpu.SMEM((4, stages, BLOCK), jnp.float32),
-            values_t_s=_tile(E4M3, 4, BLOCK, 64),
-            scales_t_s=plgpu.SMEM((4, BLOCK), jnp.float32),
+            values_t_s=_tile(E4M3, 2, BLOCK, BLOCK),
             loaded=plgpu.Barrier(num_arrivals=2, num_barriers=4 * stages),
             largest_s=plgpu.SMEM((2, 2, 2, BLOCK), jnp.uint32),
             largest_known=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            made=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         ),
         interpret=interpret,
         num_threads=4,
@@ -290,7 +290,7 @@ def retile(values: Array, scales: Array, power_of_two: bool, sm_count: int, inte
     return values_t, scales_t[:, :k]
 
 
-def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known, loaded, power_of_two, stages, **s):
+def _retile_body(values, scales, values_t, scales_t, *, values_t_s, largest_s, largest_known, made, loaded, power_of_two, stages, **s):
     """Two pairs of warpgroups with tiles of their own; each warpgroup has 64 rows. As in `_backward_body` otherwise.
 
     Values are loaded as columns byte by byte: memory leaves time for that, and none for a turn in float32.
@@ -299,7 +299,7 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
     pair, half = lax.div(warpgroup, 2), lax.rem(warpgroup, 2)
     first, step, tiles = 2 * lax.axis_index("sm") + pair, 2 * lax.axis_size("sm"), scales_t.shape[0] * blocks
     own = {name: ref.at[warpgroup] for name, ref in s.items()}
-    largest_s, largest_known = largest_s.at[pair], largest_known.at[pair]
+    values_t_s, largest_s, largest_known, made = (ref.at[pair] for ref in (values_t_s, largest_s, largest_known, made))
     by_one_warp = functools.partial(_by_one_warp, warpgroup)
 
     def place(tile):
@@ -316,10 +316,8 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
             plgpu.copy_gmem_to_smem(values.at[rows, _block(j)], own["values_s"].at[slot], full)
             plgpu.copy_gmem_to_smem(scales.at[j, _block(i)], own["scales_s"].at[slot], full)
 
-    def store(tile):
-        i, j, rows = place(tile)
-        _start([(own["values_t_s"], values_t.at[_block(j), rows])])
-        pl.when(half == 0)(lambda: _start([(own["scales_t_s"], scales_t.at[i, _block(j)])]))
+    def store(i, j):
+        _start([(values_t_s, values_t.at[_block(j), _block(i)])])
         plgpu.commit_smem_to_gmem_group()
 
     def run(n, _):
@@ -335,16 +333,22 @@ def _retile_body(values, scales, values_t, scales_t, *, largest_s, largest_known
         plgpu.barrier_wait(largest_known)
         keys = [plgpu.load(largest.at[h], layout=LINE(4).reduce(1)) for h in (0, 1)]
         scale = tile_scale(_largest(jnp.maximum(*keys)), power_of_two)
-        own["scales_t_s"][...] = scale
+        i, j, _ = place(tile)
+
+        @pl.when(half == 0)
+        def _known() -> None:
+            scales_t[i, _block(j)] = scale
 
         def divided(kind):
-            return _whole(_quotient(x, scale, (0,), power_of_two, kind).astype(E4M3))
+            return _quotient(x, scale, (0,), power_of_two, kind).astype(E4M3)
 
-        own["values_t_s"][...] = lax.cond(ordinary, lambda: divided(WIDE), lambda: divided(LONG))
-        plgpu.commit_smem()
+        store_columns(values_t_s, lax.cond(ordinary, lambda: divided(WIDE), lambda: divided(LONG)), half)
+        fence()
+        plgpu.barrier_arrive(made)
 
         def copies():
-            store(tile)
+            plgpu.barrier_wait(made)
+            pl.when(half == 0)(lambda: store(i, j))
             load(n + stages)
 
         by_one_warp(copies)
@@ -397,7 +401,7 @@ def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, p
         loaded,
     )
     gate, up = (widened(plgpu.load(hidden_s.at[half], layout=FEW_ROWS), FEW_ROWS) for half in (0, 1))
-    act = gate * _sigmoid(gate * (1 / _UNIT)) * up
+    act = gate * _sigmoid(gate * (1 / _UNIT), FEW_ROWS) * up
     factor = plgpu.load(gates_s, layout=FEW_ROWS.reduce(1)) if gates else None
     values_s[0], scales_s[0] = _quantize_computed(act, FEW_ROWS, power_of_two, factor)
     for side, lines in enumerate((gate, up)):
@@ -445,15 +449,16 @@ def swiglu_backward(
             hidden_scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
             d_act_s=_tile(d_act.dtype, QUARTERS, QUARTER, BLOCK),
             gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
+            of_pieces_s=plgpu.SMEM((QUARTERS, 4, BLOCK), jnp.uint32),
             turn_s=_tile(jnp.float32, QUARTERS, QUARTER, BLOCK),
-            largest_s=plgpu.SMEM((2, 3, QUARTERS, BLOCK), jnp.uint32),
+            largest_s=plgpu.SMEM((3, QUARTERS, BLOCK), jnp.uint32),
             values_s=_tile(E4M3, QUARTERS, 2, QUARTER, BLOCK),
             scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
             d_gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
-            values_t_s=_tile(E4M3, QUARTERS, 3, BLOCK, QUARTER),
-            scales_t_s=plgpu.SMEM((3, BLOCK), jnp.float32),
+            values_t_s=_tile(E4M3, 3, BLOCK, BLOCK),
             loaded=plgpu.Barrier(num_arrivals=2 + len(inputs), num_barriers=QUARTERS),
-            largest_known=plgpu.Barrier(num_arrivals=QUARTERS),
+            largest_known=plgpu.Barrier(num_arrivals=QUARTERS, num_barriers=3),
+            made=plgpu.Barrier(num_arrivals=QUARTERS),
         ),
         interpret=interpret,
         num_threads=QUARTERS,
@@ -464,67 +469,80 @@ def swiglu_backward(
 
 
 def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
-    """Four warpgroups with 32 rows of a tile QUARTERS, which share the largest of their columns and nothing else; then the next tile.
+    """Four warpgroups with 32 rows of a tile QUARTERS, which share the largest of their columns and its turned tiles; then the next tile.
 
-    The next rows come in while the last are worked on. Warpgroups have no automatic barriers: `commit_smem` is one.
+    The next rows come in while the last are worked on. A warpgroup meets once a tile, for the largest of its rows; what else warps
+    wait for has been said some work before, by barriers that let those who say it go on.
     """
     *gates, values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = refs
     blocks, quarter, first, step = d_gates.shape[0], lax.axis_index("quarter"), lax.axis_index("sm"), lax.axis_size("sm")
     tiles = values_t.shape[1] // BLOCK * blocks
-    own = {name: ref if name in _SHARED else ref.at[quarter] for name, ref in s.items()}
-    by_one_warp = functools.partial(_by_one_warp, quarter)
+    by_loader, by_storer = (functools.partial(_by_one_warp, w) for w in (quarter, lax.rem(quarter + 2, QUARTERS)))
+
+    def own(here):
+        return {name: ref if name in _SHARED else ref.at[quarter + here] for name, ref in s.items()}
 
     def place(tile):
         i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
         return i, (j, blocks + j), pl.ds(i * BLOCK + quarter * QUARTER, QUARTER)
 
-    def load(tile):
-        _, sides, rows = place(tile)
-        copies = [(d_act.at[rows, _block(sides[0])], own["d_act_s"])] + [(g.at[rows], own["gates_s"]) for g in gates]
-        for side, j in enumerate(sides):
-            copies += [(hidden.at[rows, _block(j)], own["hidden_s"].at[side]), (hidden_scales.at[j, rows], own["hidden_scales_s"].at[side])]
-        for source, target in copies:
-            plgpu.copy_gmem_to_smem(source, target, own["loaded"])
+    def turned(tile):
+        """Values and scales of columns: where they go."""
+        i, (gate, up), _ = place(tile)
+        targets = (values_t, scales_t, gate), (values_t, scales_t, up), (act_values_t, act_scales_t, gate)
+        return [(of_values.at[_block(j), _block(i)], of_scales.at[i, _block(j)]) for of_values, of_scales, j in targets]
 
-    def store(tile):
-        i, sides, rows = place(tile)
-        copies = [(own["d_gates_s"], d_gates.at[sides[0], rows])]
+    def load(tile, s):
+        _, sides, rows = place(tile)
+        copies = [(d_act.at[rows, _block(sides[0])], s["d_act_s"])] + [(g.at[rows], s["gates_s"]) for g in gates]
         for side, j in enumerate(sides):
-            copies += [(own["values_s"].at[side], values.at[rows, _block(j)]), (own["scales_s"].at[side], scales.at[j, rows])]
-        targets = ((values_t, scales_t, sides[0]), (values_t, scales_t, sides[1]), (act_values_t, act_scales_t, sides[0]))
-        copies += [(own["values_t_s"].at[slot], target.at[_block(j), rows]) for slot, (target, _, j) in enumerate(targets)]
-        lines = [(s["scales_t_s"].at[slot], target.at[i, _block(j)]) for slot, (_, target, j) in enumerate(targets)]
+            copies += [(hidden.at[rows, _block(j)], s["hidden_s"].at[side]), (hidden_scales.at[j, rows], s["hidden_scales_s"].at[side])]
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target, s["loaded"])
+
+    def store(tile, s):
+        _, sides, rows = place(tile)
+        copies = [(s["d_gates_s"], d_gates.at[sides[0], rows])]
+        for side, j in enumerate(sides):
+            copies += [(s["values_s"].at[side], values.at[rows, _block(j)]), (s["scales_s"].at[side], scales.at[j, rows])]
+        plgpu.barrier_wait(s["made"])
         _start(copies)
-        pl.when(quarter == 0)(lambda: _start(lines))
+        for slot, (target, _) in enumerate(turned(tile)):
+            pl.when(quarter == slot)(functools.partial(_start, [(s["values_t_s"].at[slot], target)]))
         plgpu.commit_smem_to_gmem_group()
 
     def run(n, _):
-        tile = first + n * step
-        plgpu.barrier_wait(own["loaded"])
-        inputs = _backward_inputs(bool(gates), own)
-        plgpu.commit_smem()
-        pl.when(tile + step < tiles)(lambda: by_one_warp(lambda: load(tile + step)))
-        tensors, kept, d_gates_part = _gradients(*inputs, powers[2])
-        by_one_warp(stored)
-        plgpu.commit_smem()
-        own["d_gates_s"][...] = d_gates_part
-        for side in (0, 1):
-            own["values_s"][side], own["scales_s"][side] = _quantize_computed(tensors[side], FEW_ROWS, powers[side])
-        turned = (lambda: tensors[0], lambda: tensors[1], lambda: _opened(*kept))
-        _quantize_turned(turned, powers, quarter, lax.rem(n, 2), own)
-        plgpu.commit_smem()
-        by_one_warp(lambda: store(tile))
+        tile, s = first + n * step, own(_here(n))
+        plgpu.barrier_wait(s["loaded"])
+        inputs = _backward_inputs(bool(gates), s)
+        fence()
+        tensors, factor, d_gates_part = _gradients(*inputs)
+        for kind, keys in enumerate([*(_keys(x, LINE(4)) for x in tensors), _unsigned(d_gates_part)]):
+            s["of_pieces_s"][kind] = keys
+        by_storer(stored)
+        meet()
+        by_loader(lambda: pl.when(tile + step < tiles)(lambda: load(tile + step, s)))
+        kept = _quantize_rows_of(tensors, factor, powers, s)
+        _quantize_turned((lambda: tensors[0], lambda: tensors[1], lambda: _opened(*kept)), powers, quarter, turned(tile), s)
+        fence()
+        plgpu.barrier_arrive(s["made"])
+        by_storer(lambda: store(tile, s))
 
     stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
-    by_one_warp(lambda: load(first))
+    by_loader(lambda: load(first, own(0)))
     lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
-    by_one_warp(stored)
+    by_storer(stored)
 
 
-_SHARED = ("largest_s", "largest_known", "scales_t_s")  # of all warpgroups; each has its part of the rest
+_SHARED = ("largest_s", "largest_known", "values_t_s", "made")  # of all warpgroups; each has its part of the rest
 
 
-def _by_one_warp(warpgroup: Array, f: Callable) -> None:
+def _here(n: Array) -> Array:
+    """0, in a way that LLVM does not see: else it computes all addresses before the loop, and keeps them in registers that are needed."""
+    return lax.shift_right_logical(n, 20)
+
+
+def _by_one_warp(warp_number: Array, f: Callable) -> None:
     """Calls f in one warp only: the others spend no instructions on its copies.
 
     It is another one in each warpgroup, since first warps share a quarter of the multiprocessor, which would issue them all.
@@ -532,72 +550,74 @@ def _by_one_warp(warpgroup: Array, f: Callable) -> None:
 
     @plgpu.warp_map
     def _(warp):
-        pl.when(warp == warpgroup)(f)
+        pl.when(warp == warp_number)(f)
 
 
-def _backward_inputs(gated: bool, own: dict) -> tuple[list[Array], list[Array], Array, Array | None]:
+def _backward_inputs(gated: bool, s: dict) -> tuple[list[Array], list[Array], Array, Array | None]:
     """Values of gate and up, their scales, the gradient of the activation, and `gates`."""
-    by_row = FEW_ROWS.reduce(1)
-    hidden = [plgpu.load(own["hidden_s"].at[side], layout=FEW_ROWS) for side in (0, 1)]
-    scales = [plgpu.load(own["hidden_scales_s"].at[side], layout=by_row) for side in (0, 1)]
-    gates = plgpu.load(own["gates_s"], layout=by_row) if gated else None
-    return hidden, scales, plgpu.load(own["d_act_s"], layout=FEW_ROWS), gates
+    hidden = [load_pieces(s["hidden_s"].at[side], E4M3) for side in (0, 1)]
+    scales = [load_of_rows(s["hidden_scales_s"].at[side]) for side in (0, 1)]
+    return hidden, scales, load_pieces(s["d_act_s"], jnp.bfloat16), load_of_rows(s["gates_s"]) if gated else None
 
 
 # In units of it, gate and up (and in units of its square the activation) are what `exp2` takes: no product turns gate into that.
 _UNIT = -math.log(2)
 
 
-def _gradients(
-    hidden: list[Array], scales: list[Array], d_act: Array, gates: Array | None, act_power_of_two: bool
-) -> tuple[tuple[Array, Array], tuple[Array, Array], Array]:
-    """Gradients of gate and up, the activation as it is kept, and the sum over these columns for the gradient of `gates`."""
+def _gradients(hidden: list[Array], scales: list[Array], d_act: Array, gates: Array | None) -> tuple[tuple[Array, ...], Array, Array]:
+    """Gradients of gate and up and the activation, what rows of that are multiplied by, and sums over columns for that of `gates`."""
     factor = jnp.full_like(scales[0], _UNIT) if gates is None else gates * _UNIT
     parts: list = []
     d_gates: Any = 0.0
-    for first in range(0, BLOCK, 32):  # some columns after the others, or all steps of all columns are in registers at once
-        part = slice(first, first + 32)
+    for first in range(0, 32, 8):  # some columns after the others, or all steps of all columns are in registers at once
+        part = slice(first, first + 8)
         gate, up = (_opened(x[:, part], scale * (1 / _UNIT)) for x, scale in zip(hidden, scales, strict=True))
-        *wide, d_gates_part = _gradients_of(gate, up, widened(d_act[:, part], FEW_ROWS), factor)
+        *wide, d_gates_part = _gradients_of(gate, up, widened(d_act[:, part], LINE(4)), factor)
         parts.append(wide)
         d_gates += d_gates_part
-    d_gate, d_up, act = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-    kept = _quantize_computed(act, FEW_ROWS, act_power_of_two, factor * _UNIT)
-    return (d_gate, d_up), kept, jnp.sum(d_gates, axis=1) * _UNIT**2
+    return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)), factor * _UNIT, jnp.sum(d_gates, axis=1) * _UNIT**2
 
 
 def _gradients_of(gate: Array, up: Array, d_act: Array, factor: Array) -> tuple[Array, Array, Array, Array]:
     """Gradients of gate and up, the activation without `gates`, and terms of the gradient of those; `factor` is _UNIT times them."""
-    sigmoid = _sigmoid(gate)
+    sigmoid = _sigmoid(gate, LINE(4))
     silu = gate * sigmoid
     act = silu * up
     gated = d_act * lax.broadcast_in_dim(factor, act.shape, (0,))
     return gated * up * (sigmoid + silu * (_UNIT - _UNIT * sigmoid)), gated * silu, act, d_act * act
 
 
-def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, parity: Array, s: dict) -> None:
+def _quantize_rows_of(tensors: tuple, factor: Array, powers: tuple, s: dict) -> tuple[Array, Array]:
+    """1x128 tiles of both gradients, stored, and those of the activation. All pieces of a row have said what is largest in them."""
+    *keys, d_gates = ([load_of_rows(s["of_pieces_s"].at[kind, pl.ds(32 * w, 32)]) for w in range(4)] for kind in range(4))
+    s["d_gates_s"][...] = of_rows(functools.reduce(jnp.add, map(_float, d_gates)))
+    largest = [_largest(functools.reduce(jnp.maximum, of_pieces)) for of_pieces in keys]
+    for side in (0, 1):
+        values, scale = _quantize_known(tensors[side], LINE(4), largest[side], powers[side])
+        store_pieces(s["values_s"].at[side], values)
+        s["scales_s"][side] = of_rows(scale)
+    return _quantize_known(tensors[2], LINE(4), largest[2], powers[2], factor)
+
+
+def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, targets: list, s: dict) -> None:
     """128x1 tiles, turned by way of shared memory, one after the other: a thread then has 32 rows of a column.
 
-    The largest of the column's other rows are in `largest_s`; two of them take turns, since a warpgroup may be one tile ahead.
+    A warp turns columns of its own. The largest of a column's other rows are in `largest_s`.
     """
     turned = []
     for slot, tensor in enumerate(tensors):
-        meet()
-        s["turn_s"][...] = split(tensor(), FEW_ROWS, FOURS)
-        meet()
-        turned.append(_line(s["turn_s"].T))
-        s["largest_s"][parity, slot, quarter] = _keys(turned[slot], LINE(4))
-    plgpu.barrier_arrive(s["largest_known"])
-    plgpu.barrier_wait(s["largest_known"])
-    turned[-1] = _line(s["turn_s"].T)  # still there, and loaded again needs no registers meanwhile
-    for slot, (x, power_of_two) in enumerate(zip(turned, powers, strict=True)):
-        keys = [plgpu.load(s["largest_s"].at[parity, slot, q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
+        turned.append(turn(s["turn_s"], tensor()))
+        s["largest_s"][slot, quarter] = _keys(turned[slot], LINE(4))
+        plgpu.barrier_arrive(s["largest_known"].at[slot])
+    for slot, (x, power_of_two, (_, of_scales)) in enumerate(zip(turned, powers, targets, strict=True)):
+        plgpu.barrier_wait(s["largest_known"].at[slot])
+        keys = [plgpu.load(s["largest_s"].at[slot, q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
         scale = tile_scale(_largest(functools.reduce(jnp.maximum, keys)), power_of_two)
-        s["values_t_s"][slot] = _whole(_computed_quotient(x, LINE(4), scale, power_of_two))
+        store_columns(s["values_t_s"].at[slot], _computed_quotient(x, LINE(4), scale, power_of_two), quarter)
 
-        @pl.when(quarter == 0)
-        def _(slot=slot, scale=scale):
-            s["scales_t_s"][slot] = scale
+        @pl.when(quarter == slot + 1)
+        def _(scale=scale, of_scales=of_scales):
+            of_scales[...] = scale
 
 
 # --- arithmetic, in registers ---
@@ -642,7 +662,11 @@ def _largest(key: Array) -> Array:
 
 def _quantize_computed(x: Array, layout: Any, power_of_two: bool, factor: Array | None = None) -> tuple[Array, Array]:
     """The same of lines that were computed, or of their products with `factor`, one for each line."""
-    largest = _largest(_keys(x, layout))
+    return _quantize_known(x, layout, _largest(_keys(x, layout)), power_of_two, factor)
+
+
+def _quantize_known(x: Array, layout: Any, largest: Array, power_of_two: bool, factor: Array | None = None) -> tuple[Array, Array]:
+    """The same where the largest of each line is known."""
     if factor is not None:
         largest = largest * jnp.abs(factor)
         largest = jnp.where(jnp.isnan(largest), 0.0, largest)
@@ -723,9 +747,9 @@ def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _sigmoid(x: Array) -> Array:
+def _sigmoid(x: Array, layout: Any) -> Array:
     """1 / (1 + exp2(x)), for x in units of `_UNIT`, without a quotient's care for extremes: within 2e-6 of it where exp2(x) is exp(20)."""
-    return reciprocal(1.0 + jnp.exp2(x), FEW_ROWS)
+    return reciprocal(1.0 + jnp.exp2(x), layout)
 
 
 def _opened(values: Array, scales: Array) -> Array:

@@ -12,7 +12,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, BFloat16, Float32
 
 from pallas_kernels.registers import elements, together
@@ -59,18 +59,14 @@ def meet() -> None:
     warpgroup_barrier()
 
 
-def split(x: Float32[Array, "*s"], layout: Any, shorter: Any) -> Float32[Array, "*s"]:
-    """x, each thread with the same elements in shorter vectors: no instruction, and no layout that `layout_cast` knows."""
+def fence() -> None:
+    """What a thread did in shared memory comes before copies that begin once it has said so: `commit_smem` without its barrier."""
 
-    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_numbers(x, shorter))
-    def shorter_vectors(_: Any, x: Any) -> Any:
-        after = shorter.to_mgpu()
-        numbers = [each for register in x.registers.flat for each in elements(register)]
-        registers = np.empty(after.registers_shape(x.shape), dtype=object)
-        registers.flat = [together(numbers[i : i + after.vector_length]) for i in range(0, len(numbers), after.vector_length)]
-        return mgpu.FragmentedArray(_registers=registers, _layout=after, _is_signed=None)
+    @plgpu.inline_mgpu()
+    def fence_of_copies(_: Any) -> None:
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
-    return shorter_vectors(x)
+    fence_of_copies()
 
 
 def _numbers(like: Array, layout: Any) -> Any:

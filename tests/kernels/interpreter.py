@@ -1,5 +1,6 @@
 """Runs kernels on a simulated GPU that reports races between threads and copies."""
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -13,6 +14,8 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
 from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter, resolve_ref
 from jax._src.state.primitives import swap_p
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from tests.kernels import interpreted_pieces as pieces
 
 
 def interpreted(run):
@@ -127,6 +130,8 @@ def _inline(self, eqn, token, get_values):
         return token, []
     if name in _ELEMENTWISE:
         return token, [_ELEMENTWISE[name](*get_values())]
+    if name == "fence_of_copies":
+        return _fence(self, eqn, token), []
     if name == "shared_address":
         return token, [jnp.int32(0)]
     if name == "finished":
@@ -136,15 +141,19 @@ def _inline(self, eqn, token, get_values):
     refs = sum(isinstance(type_, plgpu.RefType) for type_ in eqn.params["flat_arg_types"])
     places = [resolve_ref(v.aval, x, t) for v, x, t in zip(eqn.invars[:refs], values, transforms[:refs], strict=False)]
     makes = _with_scales if name == "product_and_scales" else _product_of_memory
+    if name in pieces.IN_MEMORY:
+        makes, places = functools.partial(_of_tile, name=name), [*places, values[refs:number]]
     run = functools.partial(makes, source_info=eqn.source_info)
     out = (gpu_callbacks.TOKEN_SHAPE_DTYPE, *(x.aval for x in eqn.outvars))
     token, *made = callback.io_callback(run, out, token=token, mesh_location=self.mesh_location, thread=self.thread, places=places)
     if name == "product" and inspect.getclosurevars(inspect.unwrap(eqn.params["mgpu_fn"])).nonlocals["ends_reads"]:
-        end = functools.partial(gpu_callbacks.commit_smem, source_info=eqn.source_info)
-        token = callback.io_callback(
-            end, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread
-        )
+        token = _fence(self, eqn, token)
     return token, made
+
+
+def _fence(self, eqn, token):
+    end = functools.partial(gpu_callbacks.commit_smem, source_info=eqn.source_info)
+    return callback.io_callback(end, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread)
 
 
 def _larger_magnitude(x, y):
@@ -155,7 +164,7 @@ def _larger_magnitude(x, y):
 _ELEMENTWISE = {
     "approximate_reciprocal": lambda x: 1 / x,
     "larger_magnitude": _larger_magnitude,
-    "shorter_vectors": lambda x: x,
+    "other_name": pieces.other_name,
     "pairs_to_float32": lambda x: x.astype(jnp.float32),
 }
 
@@ -171,6 +180,37 @@ def _with_scales(*, token, **arguments):
     a, b, *parts = _contents(**arguments)
     of_rows, of_columns = (np.float32(x).reshape(-1, 8) for x in parts)
     return token, np.float32(a) @ np.float32(b).T, 2 * of_rows @ of_columns.T  # the parts are there, and are added up, twice
+
+
+@gpu_callbacks.fail_on_exception
+def _of_tile(*, token, mesh_location, thread, source_info, places, name):
+    """What is in a tile, or is put there."""
+    (key, transforms), operands = places
+    memory = gpu_callbacks._get_shared_memory()
+    where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    key, access = _window(memory, {"x_allocation_key_as_array": key, "x_transforms": transforms}, "x")
+    return token, *pieces.IN_MEMORY[name](_Tile(memory, key, access, where), *map(np.array, operands))
+
+
+class _Tile:
+    """Reads and writes by a thread, which the interpreter checks for races as its own."""
+
+    def __init__(self, memory, key, access, where):
+        self.memory, self.key, self.access, self.where = memory, key, access, where
+
+    def read(self):
+        content, _, clock = self.memory.get_buffer_content(self.key, self.access, self.where.thread, logging_info=self.where)
+        self._check(gpu_callbacks.get_races().check_read, clock, self.access)
+        return content
+
+    def write(self, x, columns=None):
+        access = self.access if columns is None else dataclasses.replace(self.access, range=(*self.access.range[:-1], columns))
+        _, _, clock = self.memory.store_buffer_content(self.key, access, x, self.where.thread, logging_info=self.where)
+        self._check(gpu_callbacks.get_races().check_write, clock, access)
+
+    def _check(self, check, clock, access):
+        if self.memory.detect_races:
+            check(self.where.thread, clock.generic_clock, self.key, access, source_info=self.where.source_info)
 
 
 def _contents(mesh_location, thread, source_info, places):

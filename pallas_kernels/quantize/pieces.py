@@ -1,0 +1,191 @@
+"""Tiles of 32 rows of 128 in pieces: a thread of a warpgroup has 32 numbers of one row, a warp the same columns of all rows.
+
+So a warp turns its columns by itself, and what a row needs from all of it is one number for each of four pieces. In registers
+pieces are [128, 32] in the layout LINE: line 32 w + r is columns 32 w to 32 w + 32 of row r. Turned, line c is column c.
+
+Pallas could load and store them too. It computes an address for every 16 bytes, which LLVM keeps in registers over a loop, or in
+memory if there are none left. Here addresses are one number, and constants that are combined with it when they are needed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxtyping import Array, Float32, Shaped
+
+from pallas_kernels.registers import elements, together
+
+SWIZZLE, UNIT = 128, 16  # bytes of a row of a tile in shared memory, which units change places in
+LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
+_OF_PIECES = LINE.reduce(1)
+# A lane has a row, a warp a piece of each: what is reduced over columns all warps have.
+_OF_ROWS = plgpu.Layout.TILED(Tiling(((32, 128), (32, 32), (4,))), warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1).reduce(1)
+
+
+def of_rows(of_pieces: Float32[Array, "128"]) -> Float32[Array, "32"]:
+    """What all pieces of a row have in common, of each row."""
+    return _renamed(of_pieces, _OF_PIECES, (32,), _OF_ROWS)
+
+
+def load_of_rows(ref: Any) -> Shaped[Array, "128"]:
+    """A number of each of 32 rows, for its four pieces."""
+    return _renamed(plgpu.load(ref, layout=_OF_ROWS), _OF_ROWS, (128,), _OF_PIECES)
+
+
+def _renamed(x: Array, layout: Any, shape: tuple[int, ...], other: Any) -> Array:
+    """The same number in each thread, as an element of another array."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(shape, x.dtype, layout=other))
+    def other_name(_: Any, x: Any) -> Any:
+        after = other.to_mgpu()
+        return mgpu.FragmentedArray(_registers=x.registers.reshape(after.registers_shape(shape)), _layout=after, _is_signed=x.is_signed)
+
+    return other_name(x)
+
+
+def load_pieces(ref: Any, dtype: Any) -> Shaped[Array, "128 32"]:
+    """Pieces of a tile [32, 128]."""
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(dtype),), return_type=_pieces(dtype))
+    def pieces_loaded(_: Any, ref: Any) -> Any:
+        start, units = _own_units(ref, dtype)
+        words = [word for i in range(units) for word in _load(start, i * UNIT)]
+        return _of_words(words, dtype)
+
+    return pieces_loaded(ref)
+
+
+def store_pieces(ref: Any, x: Shaped[Array, "128 32"]) -> None:
+    """Stores pieces as a tile [32, 128]."""
+    dtype = x.dtype
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(dtype), LINE))
+    def pieces_stored(_: Any, ref: Any, x: Any) -> None:
+        _store_pieces(ref, x, dtype)
+
+    pieces_stored(ref, x)
+
+
+def turn(ref: Any, x: Float32[Array, "128 32"]) -> Float32[Array, "128 32"]:
+    """Pieces, turned by way of a tile in shared memory [32, 128]: a thread then has a column."""
+    dtype = x.dtype
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(dtype), LINE), return_type=_pieces(dtype))
+    def pieces_turned(_: Any, ref: Any, x: Any) -> Any:
+        utils.warp_barrier()
+        _store_pieces(ref, x, dtype)
+        utils.warp_barrier()
+        return _columns(ref)
+
+    return pieces_turned(ref, x)
+
+
+def store_columns(ref: Any, x: Shaped[Array, "128 rows"], number: Array) -> None:
+    """Columns of some rows of E4M3, as the `number`-th part of the rows of a turned tile [128, 128]."""
+    units = x.shape[1] // UNIT
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(x.dtype), LINE, plgpu.Layout.WG_SPLAT(())))
+    def columns_stored(_: Any, ref: Any, x: Any, number: Any) -> None:
+        line = _and(utils.thread_idx(), 127)
+        unit = arith.xori(_times(number.registers.item(), units), _and(line, 7))
+        start, words = arith.addi(_start(ref), arith.addi(_times(line, SWIZZLE), _times(unit, UNIT))), _words(x)
+        for i in range(units):
+            _store(words[4 * i : 4 * i + 4], start, i * UNIT)
+
+    columns_stored(ref, x, number)
+
+
+def _tiled(dtype: Any) -> Any:
+    columns = SWIZZLE // np.dtype(dtype).itemsize
+    return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
+
+
+def _pieces(dtype: Any) -> Any:
+    return plgpu.ShapeDtypeStruct((128, 32), dtype, layout=LINE)
+
+
+def _own_units(ref: Any, dtype: Any) -> tuple[Any, int]:
+    """Where a thread's piece begins, and how many units it has: unit i is where the address has i * UNIT exclusive-ored."""
+    size = np.dtype(dtype).itemsize
+    thread = utils.thread_idx()
+    row, warp = _and(thread, 31), _and(arith.shrui(thread, _i32(5)), 3)
+    in_eight, eight = _and(row, 7), arith.shrui(row, _i32(3))
+    each = 4 // size  # pieces side by side in a row of the swizzle
+    tile = arith.addi(_times(eight, size), arith.divui(warp, _i32(each)))
+    unit = arith.xori(_times(arith.remui(warp, _i32(each)), 2 * size), in_eight)
+    offset = arith.addi(_times(tile, 8 * SWIZZLE), arith.addi(_times(in_eight, SWIZZLE), _times(unit, UNIT)))
+    return arith.addi(_start(ref), offset), 2 * size
+
+
+def _store_pieces(ref: Any, x: Any, dtype: Any) -> None:
+    (start, units), words = _own_units(ref, dtype), _words(x)
+    for i in range(units):
+        _store(words[4 * i : 4 * i + 4], start, i * UNIT)
+
+
+def _columns(ref: Any) -> Any:
+    """The columns of a warp's pieces. A lane names a unit of a row in each of four matrices, and gets a number of every row."""
+    thread = utils.thread_idx()
+    row, unit, warp = _and(arith.shrui(thread, _i32(3)), 3), _and(thread, 7), _and(arith.shrui(thread, _i32(5)), 3)
+    offset = arith.addi(_times(row, SWIZZLE), _times(arith.xori(unit, row), UNIT))
+    start = arith.addi(_start(ref), arith.addi(_times(warp, 8 * SWIZZLE), offset))
+    words: list[Any] = []
+    for first in range(0, 32, 4):
+        # Rows 4 to 7 of eight have their units where the address has 4 * UNIT exclusive-ored.
+        flipped, plain = (4 * UNIT, 4 * SWIZZLE) if first % 8 else (0, 0)
+        at = arith.addi(arith.xori(start, _i32(flipped)), _i32(plain + first // 8 * 4 * 8 * SWIZZLE))
+        words += _asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", 4, [at])
+    return _of_words(words, np.float32)
+
+
+def _load(start: Any, flipped: int) -> list[Any]:
+    return _asm(f"{{ .reg .b32 at; xor.b32 at, $4, {flipped}; ld.shared.v4.b32 {{$0, $1, $2, $3}}, [at]; }}", 4, [start])
+
+
+def _store(words: Sequence[Any], start: Any, flipped: int) -> None:
+    _asm(f"{{ .reg .b32 at; xor.b32 at, $0, {flipped}; st.shared.v4.b32 [at], {{$1, $2, $3, $4}}; }}", 0, [start, *words])
+
+
+def _asm(text: str, results: int, operands: Sequence[Any]) -> list[Any]:
+    i32 = ir.IntegerType.get_signless(32)
+    kind = llvm.StructType.get_literal([i32] * results) if results else ir.Type.parse("!llvm.void")
+    constraints = ",".join(["=r"] * results + ["r"] * len(operands) + ["~{memory}"])
+    out = llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=True)
+    return [llvm.extractvalue(i32, out, [i]) for i in range(results)]
+
+
+def _of_words(words: Sequence[Any], dtype: Any) -> Any:
+    """Pieces in registers, of their 32-bit words."""
+    layout, element = LINE.to_mgpu(), utils.dtype_to_ir_type(np.dtype(dtype))
+    registers, each = np.empty(layout.registers_shape((128, 32)), dtype=object), np.dtype(dtype).itemsize
+    vector = ir.VectorType.get((4,), element)
+    registers.flat = [utils.bitcast(together(words[i : i + each]), vector) for i in range(0, len(words), each)]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _words(x: Any) -> list[Any]:
+    i32 = ir.IntegerType.get_signless(32)
+    each = utils.bitwidth(x.mlir_dtype) // 8
+    return [word for r in x.registers.flat for word in elements(utils.bitcast(r, ir.VectorType.get((each,), i32)))]
+
+
+def _start(ref: Any) -> Any:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def _i32(value: int) -> Any:
+    return mgpu.c(value, ir.IntegerType.get_signless(32))
+
+
+def _and(x: Any, mask: int) -> Any:
+    return arith.andi(x, _i32(mask))
+
+
+def _times(x: Any, factor: int) -> Any:
+    return arith.muli(x, _i32(factor))
