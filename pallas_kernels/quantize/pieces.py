@@ -1,7 +1,7 @@
 """Tiles of 32 rows of 128 in pieces: a thread of a warpgroup has 32 numbers of one row, a warp the same columns of all rows.
 
 So a warp turns its columns by itself, and what a row needs from all of it is one number for each of four pieces. In registers
-pieces are [128, 32] in the layout LINE: line 32 w + r is columns 32 w to 32 w + 32 of row r. Turned, line c is column c.
+pieces are [128, 32] in the layout LINE of `tiles`: line 32 w + r is columns 32 w to 32 w + 32 of row r. Turned, line c is column c.
 
 Pallas could load and store them too. It computes an address for every 16 bytes, which LLVM keeps in registers over a loop, or in
 memory if there are none left. Here addresses are one number, and constants that are combined with it when they are needed.
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float32, Shaped
 from pallas_kernels.registers import elements, together
 
 SWIZZLE, UNIT = 128, 16  # bytes of a row of a tile in shared memory, which units change places in
-LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
-_OF_PIECES = LINE.reduce(1)
+_LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
+_OF_PIECES = _LINE.reduce(1)
 # A lane has a row, a warp a piece of each: what is reduced over columns all warps have.
 _OF_ROWS = plgpu.Layout.TILED(Tiling(((32, 128), (32, 32), (4,))), warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1).reduce(1)
 
@@ -65,7 +65,7 @@ def store_pieces(ref: Any, x: Shaped[Array, "128 32"]) -> None:
     """Stores pieces as a tile [32, 128]."""
     dtype = x.dtype
 
-    @plgpu.inline_mgpu(arg_types=(_tiled(dtype), LINE))
+    @plgpu.inline_mgpu(arg_types=(_tiled(dtype), _LINE))
     def pieces_stored(_: Any, ref: Any, x: Any) -> None:
         _store_pieces(ref, x, dtype)
 
@@ -76,7 +76,7 @@ def turn(ref: Any, x: Float32[Array, "128 32"]) -> Float32[Array, "128 32"]:
     """Pieces, turned by way of a tile in shared memory [32, 128]: a thread then has a column."""
     dtype = x.dtype
 
-    @plgpu.inline_mgpu(arg_types=(_tiled(dtype), LINE), return_type=_pieces(dtype))
+    @plgpu.inline_mgpu(arg_types=(_tiled(dtype), _LINE), return_type=_pieces(dtype))
     def pieces_turned(_: Any, ref: Any, x: Any) -> Any:
         utils.warp_barrier()
         _store_pieces(ref, x, dtype)
@@ -90,7 +90,7 @@ def store_columns(ref: Any, x: Shaped[Array, "128 rows"], number: Array) -> None
     """Columns of some rows of E4M3, as the `number`-th part of the rows of a turned tile [128, 128]."""
     units = x.shape[1] // UNIT
 
-    @plgpu.inline_mgpu(arg_types=(_tiled(x.dtype), LINE, plgpu.Layout.WG_SPLAT(())))
+    @plgpu.inline_mgpu(arg_types=(_tiled(x.dtype), _LINE, plgpu.Layout.WG_SPLAT(())))
     def columns_stored(_: Any, ref: Any, x: Any, number: Any) -> None:
         line = _and(utils.thread_idx(), 127)
         unit = arith.xori(_times(number.registers.item(), units), _and(line, 7))
@@ -107,7 +107,7 @@ def _tiled(dtype: Any) -> Any:
 
 
 def _pieces(dtype: Any) -> Any:
-    return plgpu.ShapeDtypeStruct((128, 32), dtype, layout=LINE)
+    return plgpu.ShapeDtypeStruct((128, 32), dtype, layout=_LINE)
 
 
 def _own_units(ref: Any, dtype: Any) -> tuple[Any, int]:
@@ -162,7 +162,7 @@ def _asm(text: str, results: int, operands: Sequence[Any]) -> list[Any]:
 
 def _of_words(words: Sequence[Any], dtype: Any) -> Any:
     """Pieces in registers, of their 32-bit words."""
-    layout, element = LINE.to_mgpu(), utils.dtype_to_ir_type(np.dtype(dtype))
+    layout, element = _LINE.to_mgpu(), utils.dtype_to_ir_type(np.dtype(dtype))
     registers, each = np.empty(layout.registers_shape((128, 32)), dtype=object), np.dtype(dtype).itemsize
     vector = ir.VectorType.get((4,), element)
     registers.flat = [utils.bitcast(together(words[i : i + each]), vector) for i in range(0, len(words), each)]

@@ -6,7 +6,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import quantize as ops
-from pallas_kernels.quantize import hopper
+from pallas_kernels.quantize import arithmetic, hopper
 from pallas_kernels.quantize.reference import tile_scale
 from tests.kernels import interpreter  # noqa: F401, makes it quicker
 from tests.kernels.quantize_cases import QuantizeCases
@@ -42,7 +42,7 @@ def test_quotients_of_bfloat16_are_those_of_division():
     x = significands * jnp.exp2(-jnp.arange(24.0))[:, None, None]
     x = jnp.where(x <= largest, x, 0).transpose(1, 0, 2).reshape(128, -1)
     scale = tile_scale(largest[:, 0], False)
-    quotient = hopper._quotient(x, scale, (0,), False, hopper.SHORT).astype(jnp.float8_e4m3fn)
+    quotient = arithmetic.quotient(x, scale, (0,), False, arithmetic.SHORT).astype(jnp.float8_e4m3fn)
     expected = (np.asarray(x) / np.asarray(scale)[:, None]).astype(jnp.float8_e4m3fn)
     np.testing.assert_array_equal(np.asarray(quotient, np.float32), np.asarray(expected, np.float32))
 

@@ -1,0 +1,126 @@
+"""What the quantizers for Hopper share: layouts of registers, tiles in shared memory and their copies, and the launch.
+
+    ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
+            stored as whole words
+    FEW_ROWS  the same for 32 rows, in runs of eight: a thread has elements of one row only, and few addresses
+    LINE    a thread has a line of its own: loads through a transposed view of the tile give it a column, so that the
+            largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time; in
+            `swiglu_backward` also a piece of a row (`pieces`)
+
+They load and store without bank conflicts, which the lowering checks. TMA fills what lies outside of an array with zeros
+and does not store there, so edges need no code. That is true of tiles; lines (scales) are copied whole, so arrays of
+lines are padded to whole tiles.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.memory import tiled
+from pallas_kernels.quantize.reference import BLOCK
+
+Array = jax.Array
+
+QUARTER = BLOCK // 4
+ROWS = plgpu.Layout.WGMMA_8BIT
+LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
+# Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
+FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 32), (8, 32), (8,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+# 128 numbers, of which every warp has all: the largest needs no other warp.
+EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
+
+
+def once(f: Callable) -> Callable:
+    """Traces f once for each shape, whoever calls: kernels that differ in source locations alone would all be compiled."""
+    static = {"power_of_two", "act_power_of_two", "config", "sm_count", "interpret"}
+    return jax.jit(f, static_argnames=tuple(name for name in inspect.signature(f).parameters if name in static))
+
+
+def here(n: Array) -> Array:
+    """0, in a way that LLVM does not see: else it computes all addresses before the loop, and keeps them in registers that are needed."""
+    return lax.shift_right_logical(n, 20)
+
+
+def in_one_warp(warp_number: Array, f: Callable) -> None:
+    """Calls f in one warp only: the others spend no instructions on its copies.
+
+    It is another one in each warpgroup, since first warps share a quarter of the multiprocessor, which would issue them all.
+    """
+
+    @plgpu.warp_map
+    def _(warp):
+        pl.when(warp == warp_number)(f)
+
+
+def load_lines(ref: Any) -> Array:
+    """float32 of a [128, 128] view, each thread with a line of it: loaded one by one, then taken as runs of four."""
+    return plgpu.layout_cast(plgpu.load(ref, layout=LINE(1)), LINE(4)).astype(jnp.float32)
+
+
+def in_runs(line: Array) -> Array:
+    """E4M3 of a line, as runs of 16, which are stored at once."""
+    return plgpu.layout_cast(line, LINE(16))
+
+
+def at_block(i: Any) -> Any:
+    return pl.ds(i * BLOCK, BLOCK)
+
+
+def tile_of(dtype: Any, *shape: int, width: int = BLOCK) -> Any:
+    """Shared memory for tiles of an array with rows of `width`.
+
+    Mosaic cuts rows of the array in pieces of the swizzle, so that has to divide them: 128 bytes, or what is left.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    return tiled(*shape, swizzle=math.gcd(128, shape[-1] * itemsize, width * itemsize), dtype=dtype)
+
+
+def load_all(copies: list[tuple[Any, Any]], loaded: Any) -> None:
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, loaded)
+    plgpu.barrier_wait(loaded)
+
+
+def start_all(copies: list[tuple[Any, Any]]) -> None:
+    for source, target in copies:
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+
+def store_all(copies: list[tuple[Any, Any]]) -> None:
+    plgpu.commit_smem()
+    start_all(copies)
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory has to live until it is read
+
+
+def launch(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: tuple = ("row", "column"), **kwargs: Any) -> Callable:
+    return plgpu.kernel(
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct(*shape) for shape in out.values()),
+        grid_names=grid_names,
+        scratch_types=scratch,
+        kernel_name=name,
+        **kwargs,
+    )
+
+
+def padded(rows: int) -> int:
+    return pl.cdiv(rows, BLOCK) * BLOCK
+
+
+def check_width(name: str, columns: int) -> None:
+    if columns % 32:
+        raise NotImplementedError(f"{name}: rows of {columns}: tiled copies of E4M3 need multiples of 32; use the reference")
+
+
+def check_halves(name: str, columns: int) -> None:
+    if columns % BLOCK:
+        raise NotImplementedError(f"{name}: gate and up of {columns}: tiles of {BLOCK} would hold parts of both; use the reference")
