@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention.blocks import BLOCK, ROWS, Sizes, divide, head_and_turn, launch, sizes_of, window
-from pallas_kernels.memory import tiled
+from pallas_kernels.memory import here, tiled
 
 Array = jax.Array
 
@@ -138,11 +138,6 @@ def _body(sizes: Sizes, *operands: Any, **scratch: Any) -> None:
     divide(_REGISTERS, functools.partial(_sum_keys, *common), functools.partial(_serve, *common))
 
 
-def _here(n: Array) -> Array:
-    """0, in a way that LLVM does not see: else it computes some forty addresses of K and V before the loop, and keeps them in registers."""
-    return lax.shift_right_logical(n, 20)
-
-
 # --- the server ---
 
 
@@ -185,7 +180,7 @@ def _add_half(sizes: Sizes, refs: Any, unit: _Unit, n: Array, half: int) -> None
         part, first = passes[(half * columns + at) // _PASS]
 
         def product(acc: Any, part: int = part, first: int = first) -> Array:
-            plgpu.wgmma(acc, refs["ds_slot"].at[_here(n)].T, refs["k_slots"][part].at[_here(n), :, pl.ds(first, _PASS)])
+            plgpu.wgmma(acc, refs["ds_slot"].at[here(n)].T, refs["k_slots"][part].at[here(n), :, pl.ds(first, _PASS)])
             return acc[...]
 
         dq = pl.run_scoped(product, plgpu.ACC((ROWS, _PASS), jnp.float32))
@@ -212,14 +207,14 @@ def _sum_keys(sizes: Sizes, refs: Any, unit: _Unit, warpgroup: Array) -> None:
         *dk, dv = sums
 
         def step(n: Array, _: None) -> None:
-            slot, here = lax.rem(n, _STAGES), _here(n)
+            slot, zero = lax.rem(n, _STAGES), here(n)
             plgpu.barrier_wait(refs["filled"].at[slot])
             p = _probabilities(sizes, refs, unit, n, own, first_key)
             # P waits in float16, which has three bits more than bfloat16 where they count, in half of float32's registers.
             held = [lax.optimization_barrier(part.astype(jnp.float16)) for part in p]
             refs["p_slot"][0, own] = jnp.concatenate([part.astype(jnp.bfloat16) for part in p], 1)
             plgpu.commit_smem()
-            plgpu.wgmma(dv, refs["p_slot"].at[here, own], refs["gradient_slots"].at[slot])
+            plgpu.wgmma(dv, refs["p_slot"].at[zero, own], refs["gradient_slots"].at[slot])
             ds = _score_gradients(refs, n, own, held)
             pl.when(n > 0)(lambda: plgpu.barrier_wait(refs["taken"]))
             refs["ds_slot"][0, own] = ds
@@ -250,7 +245,7 @@ def _probabilities(sizes: Sizes, refs: Any, unit: _Unit, n: Array, own: Any, fir
 
     def scope(acc: Any) -> list[Array]:
         for k, q in zip(refs["k_slots"], refs["q_slots"], strict=True):
-            plgpu.wgmma(acc, k.at[_here(n), own], q.at[lax.rem(n, _STAGES)].T)
+            plgpu.wgmma(acc, k.at[here(n), own], q.at[lax.rem(n, _STAGES)].T)
         scores = acc[...]
         partly_seen = n < BLOCK // ROWS
         if unit.unmasked is not None:
@@ -279,7 +274,7 @@ def _score_gradients(refs: Any, n: Array, own: Any, p: list[Array]) -> Array:
     """dS, keys by queries, of P in chunks."""
 
     def scope(acc: Any) -> Array:
-        plgpu.wgmma(acc, refs["v_slot"].at[_here(n), own], refs["gradient_slots"].at[lax.rem(n, _STAGES)].T)
+        plgpu.wgmma(acc, refs["v_slot"].at[here(n), own], refs["gradient_slots"].at[lax.rem(n, _STAGES)].T)
         dp = _chunks(acc[...])
         lines = [_of_queries(refs["line_slots"], n, ROWS + at) for at in range(0, ROWS, _CHUNK)]
         ds = [held.astype(jnp.float32) * (part - line) for held, part, line in zip(p, dp, lines, strict=True)]

@@ -23,12 +23,13 @@ from jaxtyping import Array, Float32, Int32
 
 from pallas_kernels.gemm.parts import PARTS
 from pallas_kernels.gemm.product import SWIZZLE, WAVE
+from pallas_kernels.memory import in_tiles
 from pallas_kernels.registers import elements, together
 
 UNIT = 16  # bytes: what descriptors count in
 
 _NUMBER, _SUMS = plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WGMMA
-_TILED = plgpu.RefType((plgpu.TilingTransform((8, SWIZZLE)), plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
+_TILED = plgpu.RefType(in_tiles(SWIZZLE, jnp.int8))  # of one byte
 _PLAIN = plgpu.RefType()
 # The upper halves of descriptors: how far apart every eight rows begin and, in bit 62, that rows of 128 bytes are swizzled.
 # The lower halves are addresses, with nothing above them: that would be how far apart both halves of an instruction's k are, which

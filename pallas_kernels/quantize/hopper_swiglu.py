@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.memory import whole_rows
+from pallas_kernels.memory import here, whole_rows
 from pallas_kernels.quantize.arithmetic import (
     SHORT,
     as_float,
@@ -32,7 +32,6 @@ from pallas_kernels.quantize.tiles import (
     QUARTER,
     at_block,
     check_halves,
-    here,
     in_one_warp,
     launch,
     load_all,
@@ -167,8 +166,8 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
     tiles = values_t.shape[1] // BLOCK * blocks
     by_loader, by_storer = (functools.partial(in_one_warp, w) for w in (quarter, lax.rem(quarter + 2, QUARTERS)))
 
-    def own(here):
-        return {name: ref if name in _SHARED else ref.at[quarter + here] for name, ref in s.items()}
+    def own(zero):
+        return {name: ref if name in _SHARED else ref.at[quarter + zero] for name, ref in s.items()}
 
     def place(tile):
         i, j = lax.div(tile, blocks), lax.rem(tile, blocks)

@@ -19,6 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float32, Shaped
 
+from pallas_kernels.memory import in_tiles
 from pallas_kernels.registers import elements, together
 
 SWIZZLE, UNIT = 128, 16  # bytes of a row of a tile in shared memory, which units change places in
@@ -102,8 +103,7 @@ def store_columns(ref: Any, x: Shaped[Array, "128 rows"], number: Array) -> None
 
 
 def _tiled(dtype: Any) -> Any:
-    columns = SWIZZLE // np.dtype(dtype).itemsize
-    return plgpu.RefType((plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)))  # type: ignore[abstract]
+    return plgpu.RefType(in_tiles(SWIZZLE, dtype))
 
 
 def _pieces(dtype: Any) -> Any:

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -42,11 +41,6 @@ def once(f: Callable) -> Callable:
     """Traces f once for each shape, whoever calls: kernels that differ in source locations alone would all be compiled."""
     static = {"power_of_two", "act_power_of_two", "config", "sm_count", "interpret"}
     return jax.jit(f, static_argnames=tuple(name for name in inspect.signature(f).parameters if name in static))
-
-
-def here(n: Array) -> Array:
-    """0, in a way that LLVM does not see: else it computes all addresses before the loop, and keeps them in registers that are needed."""
-    return lax.shift_right_logical(n, 20)
 
 
 def in_one_warp(warp_number: Array, f: Callable) -> None:

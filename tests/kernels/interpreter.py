@@ -122,8 +122,8 @@ def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arg
     return token
 
 
-# Nor what `pallas_kernels.gemm.wgmma` and `pallas_kernels.quantize.instructions` write in PTX. Products are made when they are
-# issued, as the interpreter makes all of them.
+# Nor what `pallas_kernels.gemm.wgmma` and the `instructions` and `pieces` of `pallas_kernels.quantize` write in PTX. Products are
+# made when they are issued, as the interpreter makes all of them.
 def _inline(self, eqn, token, get_values):
     name = eqn.params["mgpu_fn"].__name__
     if name == "warpgroup_barrier":  # a warpgroup is one thread here
@@ -140,12 +140,13 @@ def _inline(self, eqn, token, get_values):
     transforms = eqn.params["pytree_ref_transforms"].unflatten(values[number:])
     refs = sum(isinstance(type_, plgpu.RefType) for type_ in eqn.params["flat_arg_types"])
     places = [resolve_ref(v.aval, x, t) for v, x, t in zip(eqn.invars[:refs], values, transforms[:refs], strict=False)]
+    arguments = dict(token=token, mesh_location=self.mesh_location, thread=self.thread, places=places)
     makes = _with_scales if name == "product_and_scales" else _product_of_memory
     if name in pieces.IN_MEMORY:
-        makes, places = functools.partial(_of_tile, name=name), [*places, values[refs:number]]
+        makes, arguments["operands"] = functools.partial(_of_tile, name=name), values[refs:number]
     run = functools.partial(makes, source_info=eqn.source_info)
     out = (gpu_callbacks.TOKEN_SHAPE_DTYPE, *(x.aval for x in eqn.outvars))
-    token, *made = callback.io_callback(run, out, token=token, mesh_location=self.mesh_location, thread=self.thread, places=places)
+    token, *made = callback.io_callback(run, out, **arguments)
     if name == "product" and inspect.getclosurevars(inspect.unwrap(eqn.params["mgpu_fn"])).nonlocals["ends_reads"]:
         token = _fence(self, eqn, token)
     return token, made
@@ -171,35 +172,37 @@ _ELEMENTWISE = {
 
 @gpu_callbacks.fail_on_exception
 def _product_of_memory(*, token, **arguments):
-    a, b = _contents(**arguments)
+    a, b = (tile.content()[0] for tile in _tiles(**arguments))
     return token, np.float32(a) @ np.float32(b).T
 
 
 @gpu_callbacks.fail_on_exception
 def _with_scales(*, token, **arguments):
-    a, b, *parts = _contents(**arguments)
+    a, b, *parts = (tile.content()[0] for tile in _tiles(**arguments))
     of_rows, of_columns = (np.float32(x).reshape(-1, 8) for x in parts)
     return token, np.float32(a) @ np.float32(b).T, 2 * of_rows @ of_columns.T  # the parts are there, and are added up, twice
 
 
 @gpu_callbacks.fail_on_exception
-def _of_tile(*, token, mesh_location, thread, source_info, places, name):
+def _of_tile(*, token, name, operands, **arguments):
     """What is in a tile, or is put there."""
-    (key, transforms), operands = places
-    memory = gpu_callbacks._get_shared_memory()
-    where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
-    key, access = _window(memory, {"x_allocation_key_as_array": key, "x_transforms": transforms}, "x")
-    return token, *pieces.IN_MEMORY[name](_Tile(memory, key, access, where), *map(np.array, operands))
+    (tile,) = _tiles(**arguments)
+    return token, *pieces.IN_MEMORY[name](tile, *map(np.array, operands))
 
 
 class _Tile:
-    """Reads and writes by a thread, which the interpreter checks for races as its own."""
+    """A buffer, or a part of it, that a thread reads and writes; both are checked for races, as the interpreter's own are."""
 
     def __init__(self, memory, key, access, where):
         self.memory, self.key, self.access, self.where = memory, key, access, where
 
-    def read(self):
+    def content(self):
+        """As tensor cores read it, which the interpreter does not check for races; and the clock of the reading."""
         content, _, clock = self.memory.get_buffer_content(self.key, self.access, self.where.thread, logging_info=self.where)
+        return content, clock
+
+    def read(self):
+        content, clock = self.content()
         self._check(gpu_callbacks.get_races().check_read, clock, self.access)
         return content
 
@@ -213,11 +216,11 @@ class _Tile:
             check(self.where.thread, clock.generic_clock, self.key, access, source_info=self.where.source_info)
 
 
-def _contents(mesh_location, thread, source_info, places):
+def _tiles(mesh_location, thread, source_info, places):
     memory = gpu_callbacks._get_shared_memory()
     where = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
     windows = [_window(memory, {"x_allocation_key_as_array": key, "x_transforms": transforms}, "x") for key, transforms in places]
-    return [memory.get_buffer_content(*window, thread, logging_info=where)[0] for window in windows]
+    return [_Tile(memory, *window, where) for window in windows]
 
 
 JaxprInterpreter.interpret, JaxprInterpreter._interpret_swap_p = _with_swaps, _swap_or_store
