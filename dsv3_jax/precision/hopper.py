@@ -91,9 +91,9 @@ def fprop(x: Kept, kernel: Array, owned: Owners | None) -> Float[Array, "m n"]:
 
 def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:
     """Dgrad and Wgrad."""
-    values, scales, *columns = quantize_both(dy, role.gradient_power_of_two, _IMPL)
+    values, scales, *columns = quantize_both(dy, role.gradient_power_of_two, "right", _IMPL)
     dx = _times_kernel_transposed(Kept(values, scales), kernel, owned)
-    return dx, _wgrad(retile(*kept, role.wgrad_power_of_two, _IMPL), columns, owned)
+    return dx, _wgrad(retile(*kept, role.wgrad_power_of_two, "left", _IMPL), columns, owned)
 
 
 def ffn(
@@ -121,9 +121,9 @@ def ffn_gradients(
     gradient, columns = _gradient_of_rows(dy, rows, roles[1].gradient_power_of_two)
     d_activated = _times_kernel_transposed(gradient, down, owned)
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two
-    values, scales, *d_hidden, activated, of_activated, d_gates = swiglu_backward(*hidden, gates, d_activated, *powers, _IMPL)
+    values, scales, *d_hidden, activated, of_activated, d_gates = swiglu_backward(*hidden, gates, d_activated, *powers, True, _IMPL)
     dx = _summed(_times_kernel_transposed(Kept(values, scales), up, owned), rows)
-    d_up = _wgrad(retile(*inputs, roles[0].wgrad_power_of_two, _IMPL), d_hidden, owned)
+    d_up = _wgrad(retile(*inputs, roles[0].wgrad_power_of_two, "left", _IMPL), d_hidden, owned)
     return dx, d_up, d_gates, _wgrad((activated, of_activated), columns, owned)
 
 
@@ -148,10 +148,10 @@ def _cast(kernel: Array, x: Array) -> Array:
 def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple[Kept, Sequence[Array]]:
     """Both orientations. That of tokens is rounded as dispatch sends it, and re-tiled: nothing is changed where it has been sent."""
     if rows is None:
-        values, scales, *columns = quantize_both(dy, power_of_two, _IMPL)
+        values, scales, *columns = quantize_both(dy, power_of_two, "right", _IMPL)
         return Kept(values, scales), columns
     gradient = _arranged(Kept(*quantize_rows(dy, power_of_two, _IMPL)), rows)
-    return gradient, retile(*gradient, power_of_two, _IMPL)
+    return gradient, retile(*gradient, power_of_two, "right", _IMPL)
 
 
 @jax.named_scope("dispatch")

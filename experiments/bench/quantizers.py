@@ -2,9 +2,10 @@
 
     uv run -m experiments.bench.quantizers
 
-Bytes count every input and output once; times are those of the kernel alone, from CUPTI, back to back and with a cold L2, which
-first writes back what cleared it. Each time stands beside that of an XLA copy of as many bytes, timed in the same way, and
-the rate of a large copy in a loop, by the host's clock, is printed first. Needs a Hopper GPU.
+Bytes count every input and output once, rows that are gathered several times too; times are those of the kernel alone, from
+CUPTI, back to back and with a cold L2, which first writes back what cleared it. Each time stands beside that of an XLA copy of
+as many bytes, timed in the same way, and the rate of a large copy in a loop, by the host's clock, is printed first. Needs a
+Hopper GPU.
 """
 
 from collections.abc import Callable
@@ -51,6 +52,11 @@ def prepared(name: str, shape: tuple[int, ...], dtype: str) -> tuple[Callable[..
         flags = ()
     elif name == "retile":
         operands.append(scales(m, k))
+    elif name == "gather_and_retile":  # each token eight times, in any order, and some rows of zeros, as of eight experts of 64
+        rows = 8 * m + 16384
+        source = jax.random.permutation(jax.random.key(4), jnp.arange(rows) // 8)
+        operands += [scales(rows, k), source.clip(max=m).astype(jnp.int32)]
+        flags = (False, True)
     elif name == "swiglu_quantize":
         operands.append(draw(1, (m,), "float32"))
     elif name == "swiglu_backward":

@@ -11,9 +11,9 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.gemm import reference
-from pallas_kernels.gemm.parts import in_parts
 from pallas_kernels.gemm.product import LINE, SWIZZLE, Product
 from pallas_kernels.gemm.tiles import choose, pieces, sizes
+from pallas_kernels.parts import ROWS, Operand, in_parts
 
 GROUP = reference.GROUP
 
@@ -34,13 +34,16 @@ def gemm(
 
 def wgrad(
     a: Float[Array, "m k"],
-    a_scales: Float32[Array, "kb m"],
+    a_scales: Float32[Array, "kb m"] | BFloat16[Array, "kb _ 64"],
     b: Float[Array, "n k"],
-    b_scales: Float32[Array, "kb n"],
+    b_scales: Float32[Array, "kb n"] | BFloat16[Array, "kb _ 64"],
     addend: Float32[Array, "m n"] | None = None,
     impl: str = "auto",
 ) -> Float32[Array, "m n"]:
-    """`a @ b.T` (plus `addend`) in float32, both in 1x128 tiles along k, which are the tokens: a = x^T, b = dy^T."""
+    """`a @ b.T` (plus `addend`) in float32, both in 1x128 tiles along k, which are the tokens: a = x^T, b = dy^T.
+
+    Scales may come as parts, which quantizers make for an `operand`.
+    """
     check_operands(a, b)
     if not use_pallas(impl):
         return reference.wgrad(a, a_scales, b, b_scales, addend)
@@ -69,11 +72,11 @@ def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: 
     sms = sm_count()
     config = choose(product, a.shape, b.shape, sms, n_groups, rows_together)
     inside, outside = (addend, None) if rows == padded_rows else (None, addend)
-    a_scales = _whole_lines(a_scales, config.block_m)
-    b_scales = _whole_lines(b_scales, config.block_n if product.scales == "row" else LINE)
     if product.scales == "row":
         assert a_scales is not None and b_scales is not None
-        a_scales, b_scales = in_parts(a_scales, left=True), in_parts(b_scales, left=False)
+        a_scales, b_scales = _parts(a_scales, "left", config.block_m), _parts(b_scales, "right", config.block_n)
+    else:
+        a_scales, b_scales = _whole_lines(a_scales, config.block_m), _whole_lines(b_scales, LINE)
     out = hopper.multiply(product, config, a, a_scales, b, b_scales, index, inside, n_groups=n_groups, sm_count=sms)
     out = out[..., :rows, :]
     return out if outside is None else out + outside
@@ -86,7 +89,14 @@ def whole_tiles(x: Array) -> Array:
     return jnp.pad(x, padding) if any(after for _, after in padding) else x
 
 
-def _whole_lines(scales: Array | None, block: int) -> Array | None:
+def _parts(scales: Array, operand: Operand, block: int) -> Array:
+    """Parts of the scales of whole tiles. Quantizers may have made them."""
+    if scales.ndim == 2:
+        return in_parts(_whole_lines(scales, block), operand)
+    return jnp.pad(scales, [(0, 0), (0, -scales.shape[1] % (block // ROWS)), (0, 0)])
+
+
+def _whole_lines[T: (Array, Array | None)](scales: T, block: int) -> T:
     """Scales of whole tiles: TMA clips tiles at the end of an array, but copies lines as they are."""
     if scales is None or scales.shape[-1] % block == 0:
         return scales

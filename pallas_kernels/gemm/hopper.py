@@ -25,9 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm import wgmma
-from pallas_kernels.gemm.parts import PARTS, ROWS
 from pallas_kernels.gemm.product import GROUP, LINE, SWIZZLE, WAVE, Product, TuningConfig
 from pallas_kernels.memory import tiled
+from pallas_kernels.parts import PARTS, ROWS
 
 _ALIGNED = 32  # float32 numbers between the places that TMA copies to
 _ROW = plgpu.Layout.WGMMA.reduce(1)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import platform
+from pallas_kernels.parts import whole
 
 GROUP = 128
 
@@ -17,7 +18,7 @@ def gemm(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array) -
 
 def wgrad(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array, addend: jax.Array | None = None) -> jax.Array:
     """See `pallas_kernels.gemm.wgrad`."""
-    product = scaled_product(a, a_scales, b, b_scales)
+    product = scaled_product(a, whole(a_scales, "left"), b, whole(b_scales, "right"))
     return product if addend is None else addend + product
 
 

@@ -21,9 +21,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float32, Int32
 
-from pallas_kernels.gemm.parts import PARTS
 from pallas_kernels.gemm.product import SWIZZLE, WAVE
 from pallas_kernels.memory import in_tiles
+from pallas_kernels.parts import PARTS
 from pallas_kernels.registers import elements, together
 
 UNIT = 16  # bytes: what descriptors count in

@@ -35,14 +35,17 @@ def grouped_gemm(
 
 def grouped_wgrad(
     a: Float[Array, "m t"],
-    a_scales: Float32[Array, "tb m"],
+    a_scales: Float32[Array, "tb m"] | BFloat16[Array, "tb _ 64"],
     b: Float[Array, "n t"],
-    b_scales: Float32[Array, "tb n"],
+    b_scales: Float32[Array, "tb n"] | BFloat16[Array, "tb _ 64"],
     first_tile: Int32[Array, " e_plus_1"],
     addend: Float32[Array, "e m n"] | None = None,
     impl: str = "auto",
 ) -> Float32[Array, "e m n"]:
-    """Wgrad: for each expert the sum over its tiles (of tokens) from `first_tile[e]` to `first_tile[e + 1]`, plus `addend`."""
+    """Wgrad: for each expert the sum over its tiles (of tokens) from `first_tile[e]` to `first_tile[e + 1]`, plus `addend`.
+
+    Scales may come as parts, which quantizers make for an `operand`.
+    """
     check_operands(a, b)
     if not use_pallas(impl):
         return reference.grouped_wgrad(a, a_scales, b, b_scales, first_tile, addend)

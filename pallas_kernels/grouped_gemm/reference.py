@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gemm.reference import exact, gemm, scaled_product
+from pallas_kernels.parts import whole
 
 TILE = 128
 
@@ -24,7 +25,7 @@ def grouped_wgrad(
     a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array, first_tile: jax.Array, addend: jax.Array | None = None
 ) -> jax.Array:
     """See `pallas_kernels.grouped_gemm.grouped_wgrad`."""
-    tiles = a_scales.shape[0]
+    tiles, a_scales, b_scales = a_scales.shape[0], whole(a_scales, "left"), whole(b_scales, "right")
 
     def expert(total: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
         mine = (jnp.arange(tiles) >= first) & (jnp.arange(tiles) < end)

@@ -3,20 +3,24 @@
 Layouts, with mp = m rounded up to a multiple of 128 and kb = ceil(k / 128):
 a tile of 1x128 has its scale in `scales[kb, mp]`, rows last, so that a product loads the scales of its rows as one line;
 a tile of 128x1 has its values transposed, in `values_t[k, mp]`, and its scale in `scales_t[mp / 128, k]`. Scales of rows
-that do not exist are 1, their values 0. A product is `values * scale`. Every operation takes
+that do not exist are 1, their values 0. A product is `values * scale`. Where Wgrad will take the transposed tiles as its
+left or right `operand`, their scales come in the parts that its kernel multiplies (`pallas_kernels.parts`). Every operation takes
 `impl`: "reference" (plain JAX), "pallas" (the kernel for Hopper GPUs), or "auto" (the kernel where there is a Hopper GPU).
 What a kernel cannot take raises `NotImplementedError`. The numerical rule is in `reference`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Float16, Float32
+from jaxtyping import Array, BFloat16, Float, Float16, Float32, Int32
 
 from pallas_kernels.backend import sm_count, use_pallas
+from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import reference
 
 BLOCK = reference.BLOCK
+GATHERED = 2 * BLOCK  # columns of a row that the kernel for gathered rows copies at once: it takes multiples of them
+ScalesT = Float32[Array, "mb _"] | BFloat16[Array, "mb _ 64"]  # of columns, or parts of them where an operand is named
 
 
 def quantize_rows(
@@ -40,12 +44,12 @@ def quantize_and_keep(
 
 
 def quantize_both(
-    x: Float[Array, "m k"], power_of_two: bool = False, impl: str = "auto"
-) -> tuple[Float[Array, "m k"], Float32[Array, "kb mp"], Float[Array, "k mp"], Float32[Array, "mb k"]]:
+    x: Float[Array, "m k"], power_of_two: bool = False, operand: str | None = None, impl: str = "auto"
+) -> tuple[Float[Array, "m k"], Float32[Array, "kb mp"], Float[Array, "k mp"], ScalesT]:
     """`quantize_rows`, and for Wgrad the values of 128x1 tiles, transposed, and their scales; x is read once."""
     _check_dtype("x", x, ("bfloat16", "float32"))
     _check_rows("x", x)
-    return (_kernels() if use_pallas(impl) else reference).quantize_both(x, power_of_two)
+    return (_kernels() if use_pallas(impl) else reference).quantize_both(x, power_of_two, _operand(operand))
 
 
 def quantize_blocks(
@@ -77,14 +81,15 @@ def swiglu_backward(
     d_act: BFloat16[Array, "m f"],
     power_of_two: bool = False,
     act_power_of_two: bool = False,
+    parts: bool = False,
     impl: str = "auto",
 ) -> tuple[
     Float[Array, "m two_f"],
     Float32[Array, "hb mp"],
     Float[Array, "two_f mp"],
-    Float32[Array, "mb two_f"],
+    ScalesT,
     Float[Array, "f mp"],
-    Float32[Array, "mb f"],
+    ScalesT,
     Float32[Array, " m"] | None,
 ]:
     """The backward pass of `swiglu_quantize`, from the `hidden` values and scales that it kept, in float32.
@@ -92,6 +97,7 @@ def swiglu_backward(
     Returns the gradient of hidden as `quantize_both` would, with scales by `power_of_two`; for Wgrad of the
     down-projection the activation in 128x1 tiles, transposed; and the gradient of `gates`, or None. The activation is first
     rounded to 1x128 tiles, since that is what a forward pass keeps of an input, both times with scales by `act_power_of_two`.
+    With `parts` scales of columns come as parts: the gradient's as those of the right operand, the activation's of the left.
     """
     _check_halves("hidden", hidden)
     _check_dtype("hidden", hidden, ("float8_e4m3fn",))
@@ -102,20 +108,45 @@ def swiglu_backward(
         raise ValueError(
             f"d_act: shape {d_act.shape}: has to be half as wide as hidden, {hidden.shape}; pass the gradient of the activation"
         )
-    arguments = hidden, scales, gates, d_act, power_of_two, act_power_of_two
+    arguments = hidden, scales, gates, d_act, power_of_two, act_power_of_two, parts
     return _kernels().swiglu_backward(*arguments, sm_count()) if use_pallas(impl) else reference.swiglu_backward(*arguments)
 
 
 def retile(
-    values: Float[Array, "m k"], scales: Float32[Array, "kb mp"], power_of_two: bool = False, impl: str = "auto"
-) -> tuple[Float[Array, "k mp"], Float32[Array, "mb k"]]:
+    values: Float[Array, "m k"],
+    scales: Float32[Array, "kb mp"],
+    power_of_two: bool = False,
+    operand: str | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Array, "k mp"], ScalesT]:
     """1x128 tiles, of E4M3 or of E5M6 kept in 16 bits, to E4M3 of 128x1 tiles, transposed: dequantize, quantize (V3 sec. 3.3.2)."""
     _check_dtype("values", values, ("float8_e4m3fn", "bfloat16", "float16"))
     _check_rows("values", values)
     _check_scales("scales", scales, values.shape)
-    if use_pallas(impl):
-        return _kernels().retile(values, scales, power_of_two, sm_count())
-    return reference.retile(values, scales, power_of_two)
+    arguments = values, scales, power_of_two, _operand(operand)
+    return _kernels().retile(*arguments, sm_count()) if use_pallas(impl) else reference.retile(*arguments)
+
+
+def gather_and_retile(
+    values: Float[Array, "n k"],
+    scales: Float32[Array, "kb mp"],
+    source: Int32[Array, " m"],
+    power_of_two: bool = False,
+    keep: bool = False,
+    operand: str | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Array, "m k"] | None, Float[Array, "k m"], ScalesT]:
+    """`retile` of rows of tokens: row r is `values[source[r]]`, or zeros where that is n. Returns these rows first, with `keep`, or None.
+
+    `scales` are those of the rows; m is a multiple of 128, as rows of experts are.
+    """
+    _check_dtype("values", values, ("float8_e4m3fn",))
+    _check_rows("values", values)
+    if source.ndim != 1 or not source.size or source.size % BLOCK:
+        raise ValueError(f"source: shape {source.shape}: has to be a multiple of {BLOCK} rows; pad it with {len(values)}, rows of zeros")
+    _check_scales("scales", scales, (source.size, values.shape[1]))
+    arguments = values, scales, source, power_of_two, keep, _operand(operand)
+    return _kernels().gather_and_retile(*arguments, sm_count()) if use_pallas(impl) else reference.gather_and_retile(*arguments)
 
 
 def _kernels() -> Any:
@@ -128,6 +159,12 @@ def _kernels() -> Any:
 def _check_dtype(name: str, x: Array, allowed: tuple[str, ...]) -> None:
     if jnp.dtype(x.dtype).name not in allowed:
         raise ValueError(f"{name}: dtype {x.dtype}: has to be one of {', '.join(allowed)}; cast it")
+
+
+def _operand(operand: str | None) -> Operand | None:
+    if operand in (None, "left", "right"):
+        return cast(Operand | None, operand)
+    raise ValueError(f"operand={operand!r}: has to be 'left' or 'right', the side of Wgrad that takes the columns, or None")
 
 
 def _check_rows(name: str, x: Array) -> None:

@@ -17,7 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import whole_rows
+from pallas_kernels.parts import Operand
 from pallas_kernels.quantize.arithmetic import LONG, SHORT, keys_of, kind_of, largest_of, quantize_lines, quotient, to_e5m6
+from pallas_kernels.quantize.hopper_retile import gather_and_retile as gather_and_retile
 from pallas_kernels.quantize.hopper_retile import retile as retile
 from pallas_kernels.quantize.hopper_swiglu import swiglu_backward as swiglu_backward
 from pallas_kernels.quantize.hopper_swiglu import swiglu_quantize as swiglu_quantize
@@ -28,16 +30,19 @@ from pallas_kernels.quantize.tiles import (
     LINE,
     QUARTER,
     ROWS,
+    as_operand,
     at_block,
     check_width,
     in_runs,
     launch,
     load_all,
     load_lines,
+    of_columns,
     once,
     padded,
     store_all,
     tile_of,
+    whole_columns,
 )
 
 Array = jax.Array
@@ -70,6 +75,7 @@ PRODUCTION = [
     ("swiglu_backward", (32768, 4096), "bfloat16"),
     ("retile", (32768, 7168), "float8_e4m3fn"),
     ("retile", (4096, 16384), "float16"),
+    ("gather_and_retile", (32768, 2048), "float8_e4m3fn"),
 ]
 
 
@@ -158,43 +164,39 @@ def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, s
 
 
 @once
-def quantize_both(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
+def quantize_both(x: Array, power_of_two: bool, operand: Operand | None = None, interpret: Any = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.quantize_both`."""
     rows, x = x.shape[0], whole_rows(x)
     m, k = x.shape
     check_width("x", k)
     blocks, mp = pl.cdiv(k, BLOCK), padded(m)
+    of_scales_t = of_columns(k, mp // BLOCK, operand)
     values, scales, values_t, scales_t = launch(
-        functools.partial(_both_body, power_of_two=power_of_two),
+        functools.partial(_both_body, power_of_two=power_of_two, operand=operand),
         "quantize_both",
         grid=(mp // BLOCK, blocks),
-        out=dict(
-            values=((m, k), E4M3),
-            scales=((blocks, mp), jnp.float32),
-            values_t=((k, mp), E4M3),
-            scales_t=((mp // BLOCK, padded(k)), jnp.float32),
-        ),
+        out=dict(values=((m, k), E4M3), scales=((blocks, mp), jnp.float32), values_t=((k, mp), E4M3), scales_t=of_scales_t),
         scratch=dict(
             x_s=tile_of(x.dtype, BLOCK, BLOCK, width=k),
             values_s=tile_of(E4M3, BLOCK, BLOCK, width=k),
             scales_s=plgpu.SMEM((BLOCK,), jnp.float32),
             values_t_s=tile_of(E4M3, BLOCK, BLOCK),
-            scales_t_s=plgpu.SMEM((BLOCK,), jnp.float32),
+            scales_t_s=plgpu.SMEM((BLOCK, *of_scales_t[0][2:]), of_scales_t[1]),
             loaded=plgpu.Barrier(),
         ),
         interpret=interpret,
     )(x)
-    return values[:rows], scales, values_t, scales_t[:, :k]
+    return values[:rows], scales, values_t, whole_columns(scales_t, k)
 
 
-def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s, values_t_s, scales_t_s, loaded, power_of_two):
+def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s, values_t_s, scales_t_s, loaded, power_of_two, operand):
     i, j = lax.axis_index("row"), lax.axis_index("column")
     load_all([(x.at[at_block(i), at_block(j)], x_s)], loaded)
     for half in (pl.ds(0, 64), pl.ds(64, 64)):
         lines = plgpu.load(x_s.at[half], layout=ROWS).astype(jnp.float32)
         values_s[half], scales_s[half] = quantize_lines(lines, ROWS, power_of_two, kind_of(x))
-    columns, scales_t_s[...] = quantize_lines(load_lines(x_s.T), LINE(4), power_of_two, kind_of(x))
-    values_t_s[...] = in_runs(columns)
+    columns, scale = quantize_lines(load_lines(x_s.T), LINE(4), power_of_two, kind_of(x))
+    values_t_s[...], scales_t_s[...] = in_runs(columns), as_operand(scale, operand)
     store_all(
         [
             (values_s, values.at[at_block(i), at_block(j)]),

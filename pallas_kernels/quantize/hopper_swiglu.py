@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import here, whole_rows
+from pallas_kernels.parts import Operand
 from pallas_kernels.quantize.arithmetic import (
     SHORT,
     as_float,
@@ -30,21 +31,23 @@ from pallas_kernels.quantize.tiles import (
     FEW_ROWS,
     LINE,
     QUARTER,
+    QUARTERS,
+    as_operand,
     at_block,
     check_halves,
     in_one_warp,
     launch,
     load_all,
+    of_columns,
     once,
     padded,
     start_all,
     store_all,
     tile_of,
+    whole_columns,
 )
 
 Array = jax.Array
-
-QUARTERS = 4  # warpgroups of `swiglu_backward`, each with QUARTER rows of a tile
 
 
 @once
@@ -108,6 +111,7 @@ def swiglu_backward(
     d_act: Array,
     power_of_two: bool,
     act_power_of_two: bool,
+    parts: bool,
     sm_count: int,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array | None]:
@@ -117,8 +121,10 @@ def swiglu_backward(
     check_halves("hidden", f)
     blocks, mp = f // BLOCK, padded(m)
     inputs = (hidden, scales, d_act) if gates is None else (hidden, scales, d_act, jnp.pad(gates, (0, mp - rows)))
-    values, *others, d_gates = launch(
-        functools.partial(_backward_body, powers=(power_of_two, power_of_two, act_power_of_two)),
+    operands: tuple[Operand | None, Operand | None] = ("right", "left") if parts else (None, None)
+    of_tensors = (power_of_two, operands[0]), (power_of_two, operands[0]), (act_power_of_two, operands[1])
+    values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = launch(
+        functools.partial(_backward_body, of_tensors=of_tensors),
         "swiglu_backward",
         grid=(min(sm_count, mp // BLOCK * blocks),),
         grid_names=("sm",),
@@ -126,9 +132,9 @@ def swiglu_backward(
             values=((m, 2 * f), E4M3),
             scales=((2 * blocks, mp), jnp.float32),
             values_t=((2 * f, mp), E4M3),
-            scales_t=((mp // BLOCK, 2 * f), jnp.float32),
+            scales_t=of_columns(2 * f, mp // BLOCK, operands[0]),
             act_values_t=((f, mp), E4M3),
-            act_scales_t=((mp // BLOCK, f), jnp.float32),
+            act_scales_t=of_columns(f, mp // BLOCK, operands[1]),
             d_gates=((blocks, mp), jnp.float32),
         ),
         scratch=dict(
@@ -152,10 +158,11 @@ def swiglu_backward(
         thread_name="quarter",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs)
-    return values[:rows], *others, None if gates is None else d_gates.sum(0)[:rows]
+    turned = values_t, whole_columns(scales_t, 2 * f), act_values_t, whole_columns(act_scales_t, f)
+    return values[:rows], scales, *turned, None if gates is None else d_gates.sum(0)[:rows]
 
 
-def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
+def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **s):
     """Four warpgroups with 32 rows of a tile QUARTERS, which share the largest of their columns and its turned tiles; then the next tile.
 
     The next rows come in while the last are worked on. A warpgroup meets once a tile, for the largest of its rows; what else warps
@@ -209,8 +216,8 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, powers, **s):
         by_storer(stored)
         meet()
         by_loader(lambda: pl.when(tile + step < tiles)(lambda: load(tile + step, s)))
-        kept = _quantize_rows_of(tensors, factor, powers, s)
-        _quantize_turned((lambda: tensors[0], lambda: tensors[1], lambda: opened(*kept)), powers, quarter, turned(tile), s)
+        kept = _quantize_rows_of(tensors, factor, [power for power, _ in of_tensors], s)
+        _quantize_turned((lambda: tensors[0], lambda: tensors[1], lambda: opened(*kept)), of_tensors, quarter, turned(tile), s)
         fence()
         plgpu.barrier_arrive(s["made"])
         by_storer(lambda: store(tile, s))
@@ -258,7 +265,7 @@ def _gradients_of(gate: Array, up: Array, d_act: Array, factor: Array) -> tuple[
     return gated * up * (sigmoid + silu * (_UNIT - _UNIT * sigmoid)), gated * silu, act, d_act * act
 
 
-def _quantize_rows_of(tensors: tuple, factor: Array, powers: tuple, s: dict) -> tuple[Array, Array]:
+def _quantize_rows_of(tensors: tuple, factor: Array, powers: list, s: dict) -> tuple[Array, Array]:
     """1x128 tiles of both gradients, stored, and those of the activation. All pieces of a row have said what is largest in them."""
     *keys, d_gates = ([load_of_rows(s["of_pieces_s"].at[kind, pl.ds(32 * w, 32)]) for w in range(4)] for kind in range(4))
     s["d_gates_s"][...] = of_rows(functools.reduce(jnp.add, map(as_float, d_gates)))
@@ -270,7 +277,7 @@ def _quantize_rows_of(tensors: tuple, factor: Array, powers: tuple, s: dict) -> 
     return quantize_known(tensors[2], LINE(4), largest[2], powers[2], factor)
 
 
-def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, targets: list, s: dict) -> None:
+def _quantize_turned(tensors: tuple, of_tensors: tuple, quarter: Array, targets: list, s: dict) -> None:
     """128x1 tiles, turned by way of shared memory, one after the other: a thread then has 32 rows of a column.
 
     A warp turns columns of its own. The largest of a column's other rows are in `largest_s`.
@@ -280,15 +287,15 @@ def _quantize_turned(tensors: tuple, powers: tuple, quarter: Array, targets: lis
         turned.append(turn(s["turn_s"], tensor()))
         s["largest_s"][slot, quarter] = keys_of(turned[slot], LINE(4))
         plgpu.barrier_arrive(s["largest_known"].at[slot])
-    for slot, (x, power_of_two, (_, of_scales)) in enumerate(zip(turned, powers, targets, strict=True)):
+    for slot, (x, (power_of_two, operand), (_, of_scales)) in enumerate(zip(turned, of_tensors, targets, strict=True)):
         plgpu.barrier_wait(s["largest_known"].at[slot])
         keys = [plgpu.load(s["largest_s"].at[slot, q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
         scale = tile_scale(largest_of(functools.reduce(jnp.maximum, keys)), power_of_two)
         store_columns(s["values_t_s"].at[slot], computed_quotient(x, LINE(4), scale, power_of_two), quarter)
 
         @pl.when(quarter == slot + 1)
-        def _(scale=scale, of_scales=of_scales):
-            of_scales[...] = scale
+        def _(scale=scale, operand=operand, of_scales=of_scales):
+            of_scales[...] = as_operand(scale, operand)
 
 
 def _sigmoid(x: Array, layout: Any) -> Array:

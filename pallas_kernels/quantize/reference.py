@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.parts import Operand, in_parts
+
 BLOCK = 128
 SMALLEST_NORMAL = 2.0**-126
 E4M3 = jnp.float8_e4m3fn
@@ -31,9 +33,9 @@ def quantize_and_keep(x: Array) -> tuple[Array, Array, Array, Array]:
     return *quantize_rows(x), kept, _rows_last(scales)
 
 
-def quantize_both(x: Array, power_of_two: bool = False) -> tuple[Array, Array, Array, Array]:
+def quantize_both(x: Array, power_of_two: bool = False, operand: Operand | None = None) -> tuple[Array, Array, Array, Array]:
     """See `pallas_kernels.quantize.quantize_both`."""
-    return *quantize_rows(x, power_of_two), *_turned(x, power_of_two)
+    return *quantize_rows(x, power_of_two), *_turned(x, power_of_two, operand)
 
 
 def quantize_blocks(w: Array) -> tuple[Array, Array, Array, Array]:
@@ -48,7 +50,13 @@ def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool = Fal
 
 
 def swiglu_backward(
-    hidden: Array, scales: Array, gates: Array | None, d_act: Array, power_of_two: bool = False, act_power_of_two: bool = False
+    hidden: Array,
+    scales: Array,
+    gates: Array | None,
+    d_act: Array,
+    power_of_two: bool = False,
+    act_power_of_two: bool = False,
+    parts: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array | None]:
     """See `pallas_kernels.quantize.swiglu_backward`."""
     dequantized, d_act = dequantize_rows(hidden, scales), d_act.astype(jnp.float32)
@@ -59,12 +67,21 @@ def swiglu_backward(
         act, back = jax.vjp(_swiglu, dequantized, gates)
         d_hidden, d_gates = back(d_act)
     kept = dequantize_rows(*quantize_rows(act, act_power_of_two))
-    return *quantize_both(d_hidden, power_of_two), *_turned(kept, act_power_of_two), d_gates
+    operands: tuple[Operand | None, Operand | None] = ("right", "left") if parts else (None, None)
+    return *quantize_both(d_hidden, power_of_two, operands[0]), *_turned(kept, act_power_of_two, operands[1]), d_gates
 
 
-def retile(values: Array, scales: Array, power_of_two: bool = False) -> tuple[Array, Array]:
+def retile(values: Array, scales: Array, power_of_two: bool = False, operand: Operand | None = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.retile`."""
-    return _turned(dequantize_rows(values, scales), power_of_two)
+    return _turned(dequantize_rows(values, scales), power_of_two, operand)
+
+
+def gather_and_retile(
+    values: Array, scales: Array, source: Array, power_of_two: bool = False, keep: bool = False, operand: Operand | None = None
+) -> tuple[Array | None, Array, Array]:
+    """See `pallas_kernels.quantize.gather_and_retile`."""
+    rows = values.at[source].get(mode="fill", fill_value=0)
+    return rows if keep else None, *retile(rows, scales, power_of_two, operand)
 
 
 def dequantize_rows(values: Float[Array, "m k"], scales: Float[Array, "kb mp"]) -> Float[Array, "m k"]:
@@ -92,10 +109,12 @@ def _swiglu(hidden: Array, gates: Array | None) -> Array:
     return act if gates is None else act * gates[:, None]
 
 
-def _turned(x: Array, power_of_two: bool) -> tuple[Array, Array]:
+def _turned(x: Array, power_of_two: bool, operand: Operand | None) -> tuple[Array, Array]:
     """128x1 tiles, values transposed; rows of zeros complete the last tile."""
     padded = jnp.pad(x, ((0, -x.shape[0] % BLOCK), (0, 0)))
     values, scales = _in_tiles(padded, BLOCK, 1, power_of_two)
+    if operand is not None:
+        scales = in_parts(jnp.pad(scales, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=1), operand)
     return values.T, scales
 
 

@@ -24,11 +24,14 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import tiled
+from pallas_kernels.parts import EACH, PARTS, Operand, words_of_parts
+from pallas_kernels.quantize.instructions import side_by_side
 from pallas_kernels.quantize.reference import BLOCK
 
 Array = jax.Array
 
-QUARTER = BLOCK // 4
+QUARTERS = 4  # warpgroups that share a tile
+QUARTER = BLOCK // QUARTERS  # rows of each
 ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
 # Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
@@ -39,11 +42,11 @@ EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replic
 
 def once(f: Callable) -> Callable:
     """Traces f once for each shape, whoever calls: kernels that differ in source locations alone would all be compiled."""
-    static = {"power_of_two", "act_power_of_two", "config", "sm_count", "interpret"}
+    static = {"power_of_two", "act_power_of_two", "keep", "operand", "parts", "config", "sm_count", "interpret"}
     return jax.jit(f, static_argnames=tuple(name for name in inspect.signature(f).parameters if name in static))
 
 
-def in_one_warp(warp_number: Array, f: Callable) -> None:
+def in_one_warp(warp_number: Array | int, f: Callable) -> None:
     """Calls f in one warp only: the others spend no instructions on its copies.
 
     It is another one in each warpgroup, since first warps share a quarter of the multiprocessor, which would issue them all.
@@ -104,6 +107,22 @@ def launch(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: t
         kernel_name=name,
         **kwargs,
     )
+
+
+def of_columns(k: int, row_blocks: int, operand: Operand | None) -> tuple[tuple[int, ...], Any]:
+    """Shape and type in which a kernel gives scales of 128x1 tiles."""
+    lines = row_blocks, padded(k)
+    return (lines, jnp.float32) if operand is None else ((*lines, EACH), jnp.bfloat16)
+
+
+def as_operand(scale: Array, operand: Operand | None) -> Array:
+    """Scales of columns as a kernel stores them."""
+    return scale if operand is None else side_by_side(words_of_parts(scale, operand), LINE(EACH))
+
+
+def whole_columns(scales_t: Array, k: int) -> Array:
+    """What a kernel gave, as callers take it."""
+    return scales_t[:, :k] if scales_t.ndim == 2 else scales_t.reshape(len(scales_t), -1, PARTS)
 
 
 def padded(rows: int) -> int:

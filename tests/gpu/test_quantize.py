@@ -22,6 +22,7 @@ class TestFull(TestSmall):
     rows, columns = 4100, 7168
     experts, kernel = 4, (2048, 7168)
     hidden = (4100, 4096)
+    gathered = (4100, 17536, 2048)
 
 
 def test_retile_of_quotients_next_to_a_bound():

@@ -1,4 +1,4 @@
-"""What `pallas_kernels.quantize.pieces` writes in PTX, for the interpreter: arrays instead of each thread's registers."""
+"""What `pallas_kernels.quantize` does with shared memory in PTX, for the interpreter: arrays instead of each thread's registers."""
 
 import jax.numpy as jnp
 
@@ -42,4 +42,8 @@ def columns_stored(tile, x, number):
     return []
 
 
-IN_MEMORY = {f.__name__: f for f in (pieces_loaded, pieces_stored, pieces_turned, columns_stored)}
+def number_loaded(line, at):
+    return [line.read()[int(at)]]
+
+
+IN_MEMORY = {f.__name__: f for f in (pieces_loaded, pieces_stored, pieces_turned, columns_stored, number_loaded)}

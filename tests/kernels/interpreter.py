@@ -167,6 +167,7 @@ _ELEMENTWISE = {
     "larger_magnitude": _larger_magnitude,
     "other_name": pieces.other_name,
     "pairs_to_float32": lambda x: x.astype(jnp.float32),
+    "words_side_by_side": lambda *words: jax.lax.bitcast_convert_type(jnp.stack(words, 1), jnp.bfloat16).reshape(words[0].size, -1),
 }
 
 

@@ -84,6 +84,18 @@ class ProductCases:
         assert out.shape == (m, n)
         assert_near(out, a.full @ b.full.T, F32_ERROR)
 
+    def test_wgrad_of_scales_in_parts(self):
+        """As quantizers make them for either operand: also where their last tile of columns is not full."""
+        rng = np.random.default_rng(8)
+        m, n, k = self.wgrads[1]
+        x, dy = (jnp.asarray(rough(rng, k, width)) for width in (m + 32, n))
+        turned = [quantizers.quantize_both(a, False, operand)[2:] for a, operand in ((x, "left"), (dy, "right"))]
+        whole = [quantizers.quantize_both(a)[2:] for a in (x, dy)]
+        out = self.run("wgrad", *turned[0], *turned[1])
+        np.testing.assert_array_equal(out, self.run("wgrad", *whole[0], *whole[1]))
+        a, b = (np.asarray(values, np.float32) * spread(scales, k, 0).T for values, scales in whole)
+        assert_near(out, a @ b.T, F32_ERROR)
+
     def tiles(self, owners):
         experts = max(max(owners, default=0) + 1, 3)
         return jnp.asarray(owners + [experts] * (5 - len(owners)), jnp.int32), experts

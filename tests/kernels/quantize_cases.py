@@ -11,6 +11,7 @@ import pytest
 from dsv3_jax.precision.formats import E5M6
 from dsv3_jax.precision.linear import swiglu
 from dsv3_jax.precision.quantize import Quantized, dequantize, quantize
+from pallas_kernels.parts import in_parts, whole
 from tests.precision.test_quantize import KINDS, draw
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -64,9 +65,11 @@ def by_rows(x, power_of_two=False, format=None):
     return q.values, rows_last(q.scales)
 
 
-def by_columns(x, power_of_two=False):
+def by_columns(x, power_of_two=False, operand=None):
     q = quantize(jnp.pad(x, ((0, -x.shape[0] % 128), (0, 0))), (128, 1), power_of_two=power_of_two)
-    return q.values.T, q.scales
+    if operand is None:
+        return q.values.T, q.scales
+    return q.values.T, in_parts(jnp.pad(q.scales, ((0, 0), (0, -x.shape[1] % 128)), constant_values=1), operand)
 
 
 def opened(values, scales):
@@ -79,6 +82,7 @@ class QuantizeCases:
     rows, columns = 128 * len(KINDS) + 2, 160
     experts, kernel = 2, (608, 160)
     hidden = (130, 512)
+    gathered = (200, 384, 512)  # tokens, rows of experts, columns
     fused = True  # multiply-adds round once
 
     def run(self, name, *arguments):
@@ -93,15 +97,15 @@ class QuantizeCases:
         x = mixed(self.rows, self.columns, BF16)
         exact(self.run("quantize_and_keep", x), on_cpu(lambda: (*by_rows(x), *by_rows(x, True, E5M6))))
 
-    @pytest.mark.parametrize(("dtype", "power_of_two"), [(BF16, True), (F32, False)])
-    def test_both(self, dtype, power_of_two):
+    @pytest.mark.parametrize(("dtype", "power_of_two", "operand"), [(BF16, True, None), (F32, False, None), (BF16, False, "right")])
+    def test_both(self, dtype, power_of_two, operand):
         x = mixed(self.rows, self.columns, dtype)
-        expected = on_cpu(lambda: (*by_rows(x, power_of_two), *by_columns(x, power_of_two)))
-        self.same(self.run("quantize_both", x, power_of_two), expected, dtype == BF16)
+        expected = on_cpu(lambda: (*by_rows(x, power_of_two), *by_columns(x, power_of_two, operand)))
+        self.same(self.run("quantize_both", x, power_of_two, operand), expected, dtype == BF16)
 
     def test_one_row(self):
         x = mixed(1, 32, BF16)
-        exact(self.run("quantize_both", x, False), on_cpu(lambda: (*by_rows(x), *by_columns(x))))
+        exact(self.run("quantize_both", x, False, None), on_cpu(lambda: (*by_rows(x), *by_columns(x))))
 
     @pytest.mark.parametrize(("dtype", "stacked"), [(F32, True), (BF16, False)])
     def test_blocks(self, dtype, stacked):
@@ -111,12 +115,37 @@ class QuantizeCases:
         out = self.run("quantize_blocks", w)
         self.same((out[0], out[2], out[1], out[3]), (q.values, q.scales, q.values.mT, q.scales.mT), False)
 
-    @pytest.mark.parametrize(("format", "power_of_two"), [(None, False), (None, True), (E5M6, True), (E5M6, False)])
-    def test_retile(self, format, power_of_two):
+    @pytest.mark.parametrize(
+        ("format", "power_of_two", "operand"),
+        [(None, False, None), (None, True, "left"), (E5M6, True, None), (E5M6, False, "left")],
+    )
+    def test_retile(self, format, power_of_two, operand):
         x = mixed(self.rows, self.columns, F32)
         kept = on_cpu(lambda: by_rows(x, power_of_two, format))
-        expected = on_cpu(lambda: by_columns(opened(*kept), power_of_two))
-        self.same(self.run("retile", *kept, power_of_two), expected, power_of_two)
+        expected = on_cpu(lambda: by_columns(opened(*kept), power_of_two, operand))
+        self.same(self.run("retile", *kept, power_of_two, operand), expected, power_of_two)
+
+    @pytest.mark.parametrize(("keep", "power_of_two", "operand"), [(True, False, "right"), (False, True, "left"), (True, True, None)])
+    def test_gather_and_retile(self, keep, power_of_two, operand):
+        """Rows in any order, some of them twice, and rows of zeros; a tile of these alone."""
+        tokens, rows, width = self.gathered
+        rng = np.random.default_rng(2)
+        source = rng.integers(tokens + tokens // 8, size=rows).clip(max=tokens)
+        source[-128:] = tokens
+        x = mixed(tokens, width, F32)
+
+        def expect():
+            values, scales = by_rows(x, power_of_two)
+            of_rows = scales[:, :tokens].at[:, source].get(mode="fill", fill_value=1)
+            gathered = values.at[source].get(mode="fill", fill_value=0)
+            return values, of_rows, gathered, by_columns(opened(gathered, of_rows), power_of_two, operand)
+
+        values, scales, gathered, expected = on_cpu(expect)
+        actual = self.run("gather_and_retile", values, scales, jnp.asarray(source, jnp.int32), power_of_two, keep, operand)
+        assert (actual[0] is None) != keep
+        if keep:
+            exact(actual[:1], [gathered])
+        self.same(actual[1:], expected, power_of_two)
 
     @pytest.mark.parametrize("gated", [True, False])
     def test_swiglu(self, gated):
@@ -130,7 +159,9 @@ class QuantizeCases:
         """What linear.py would give, in float32: the activation is rounded as it would be kept, then turned."""
         hidden, gates, d_act = self.ffn(gated)
         kept = on_cpu(lambda: by_rows(hidden))
-        *actual, d_gates = self.run("swiglu_backward", *kept, gates, d_act, gated, False)
+        *actual, d_gates = self.run("swiglu_backward", *kept, gates, d_act, gated, False, gated)
+        if gated:  # parts of scales, exact to float32's rounding
+            actual[3], actual[5] = on_cpu(lambda: (whole(actual[3], "right"), whole(actual[5], "left")))
         act, d_hidden, d_gates_expected = on_cpu(lambda: gradients(opened(*kept), gates, d_act))
         close(*actual[:2], *on_cpu(lambda: by_rows(d_hidden, gated)), spread=1e-3)
         close(*actual[2:4], *on_cpu(lambda: by_columns(d_hidden, gated)), spread=1e-3)

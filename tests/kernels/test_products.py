@@ -8,8 +8,8 @@ import pytest
 from experiments.bench.tiles import fit
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
-from pallas_kernels.gemm.parts import in_parts
 from pallas_kernels.gemm.product import LINE, Product, TuningConfig
+from pallas_kernels.parts import in_parts
 from tests.gpu import test_products as gpu_cases
 from tests.kernels.interpreter import interpreted
 from tests.kernels.product_cases import BF16_ERROR, Blocks, ProductCases, Rows, assert_near, rough
@@ -223,7 +223,7 @@ def test_parts_of_scales_multiply_to_the_scales():
     rng = np.random.default_rng(0)
     left, right = (np.float32(rng.uniform(1, 2, (3, 40)) * 2.0 ** rng.integers(-40, 40, (3, 40))) for _ in range(2))
     left[:, 0] = right[:, -1] = 0
-    a, b = (np.float64(in_parts(jnp.asarray(x), left=side)).reshape(3, 40, 8) for x, side in ((left, True), (right, False)))
+    a, b = (np.float64(in_parts(jnp.asarray(x), side)).reshape(3, 40, 8) for x, side in ((left, "left"), (right, "right")))
     np.testing.assert_allclose(2 * np.einsum("smp,snp->smn", a, b), np.float64(left)[:, :, None] * right[:, None], rtol=2**-24)
 
 

@@ -11,6 +11,8 @@ from pallas_kernels.quantize.reference import tile_scale
 from tests.kernels import interpreter  # noqa: F401, makes it quicker
 from tests.kernels.quantize_cases import QuantizeCases
 
+SMS = {"swiglu_backward": 3, "retile": 1, "gather_and_retile": 1}  # multiprocessors, for kernels that loop over tiles
+
 
 class TestReference(QuantizeCases):
     def run(self, name, *arguments):
@@ -20,15 +22,16 @@ class TestReference(QuantizeCases):
 class TestInterpreted(QuantizeCases):
     """The kernels as written, on a simulated GPU that reports races between threads and copies.
 
-    It has three multiprocessors, for kernels that loop over tiles: four tiles of `swiglu_backward`, 20 of `retile`.
+    It has few multiprocessors, so that memory of each is used again: four tiles of `swiglu_backward`, 20 of `retile`, 12 of
+    `gather_and_retile`.
     """
 
     fused = False
 
     def run(self, name, *arguments):
         gpu_callbacks.reset_gpu_interpret_mode_state()
-        if name in ("swiglu_backward", "retile"):
-            arguments = *arguments, 3
+        if name in SMS:
+            arguments = *arguments, SMS[name]
         out = getattr(hopper, name)(*arguments, interpret=plgpu.InterpretGPUParams(detect_races=True))
         jax.block_until_ready(out)
         assert not gpu_callbacks.get_races().races_found
@@ -56,6 +59,7 @@ def filled(arguments, arrays):
     return [next(arrays) if isinstance(x, (jax.Array, np.ndarray)) else x for x in arguments]
 
 
+E4M3 = jnp.zeros((2, 32), jnp.float8_e4m3fn)
 NARROW = ("retile", (1152, 160), "float8_e4m3fn")  # swizzles of 32 bytes
 
 
@@ -71,9 +75,10 @@ def test_sizes_of_training_can_be_lowered(name, shape, dtype, monkeypatch):
     arguments = {
         "quantize_blocks": [x],
         "quantize_and_keep": [x],
-        "retile": [x, scales, True],
+        "retile": [x, scales, True, "left"],
+        "gather_and_retile": [x, scales, jax.ShapeDtypeStruct(shape[:1], jnp.int32), True, True, "right"],
         "swiglu_quantize": [x, rows, True],
-        "swiglu_backward": [values, scales, rows, d_act, False, True],
+        "swiglu_backward": [values, scales, rows, d_act, False, True, True],
     }.get(name, [x, False])
     traced = [a for a in arguments if isinstance(a, jax.ShapeDtypeStruct)]
     flags = arguments[len(traced) :]
@@ -89,6 +94,9 @@ def test_sizes_of_training_can_be_lowered(name, shape, dtype, monkeypatch):
         (lambda: ops.swiglu_quantize(jnp.zeros((2, 7), jnp.bfloat16), None), "hidden: shape"),
         (lambda: ops.retile(jnp.zeros((2, 8), jnp.bfloat16), jnp.ones((1, 2))), "scales: shape"),
         (lambda: ops.quantize_rows(jnp.zeros((2, 8)), impl="triton"), "impl='triton'"),
+        (lambda: ops.quantize_both(jnp.zeros((2, 8)), operand="a"), "operand='a'"),
+        (lambda: ops.gather_and_retile(E4M3, jnp.ones((1, 128)), jnp.zeros(4, jnp.int32)), "source: shape"),
+        (lambda: ops.gather_and_retile(E4M3, jnp.ones((1, 128)), jnp.zeros(256, jnp.int32)), "scales: shape"),
     ],
 )
 def test_errors_name_the_field(call, words):
@@ -102,10 +110,11 @@ def test_errors_name_the_field(call, words):
         lambda: ops.quantize_rows(jnp.zeros((4, 48)), impl="pallas"),
         lambda: ops.quantize_blocks(jnp.zeros((24, 16)), impl="pallas"),
         lambda: ops.swiglu_quantize(jnp.zeros((4, 64), jnp.bfloat16), None, impl="pallas"),
+        lambda: hopper.gather_and_retile(E4M3, jnp.ones((1, 128)), jnp.zeros(128, jnp.int32), False, False, None, 1),
     ],
 )
 def test_a_kernel_refuses_what_it_cannot_take(call):
-    with pytest.raises(NotImplementedError, match="use the reference"):
+    with pytest.raises(NotImplementedError, match=r"use the reference|gather first"):
         call()
 
 

@@ -105,7 +105,7 @@ def test_a_gradient_that_was_sent_is_quantized_to_the_same_numbers():
     once, twice = (quantize.quantize_rows(gradient, True, "reference") for gradient in (dy, received))
     assert (received != dy).any() and (once[1][0, :3] == 2 * twice[1][0, :3]).all()
     np.testing.assert_array_equal(dequantize_rows(*once), dequantize_rows(*twice))
-    for turned, again in zip(*(quantize.retile(*q, True, "reference") for q in (once, twice)), strict=True):
+    for turned, again in zip(*(quantize.retile(*q, True, impl="reference") for q in (once, twice)), strict=True):
         np.testing.assert_array_equal(turned.astype(jnp.float32), again.astype(jnp.float32))
 
 
