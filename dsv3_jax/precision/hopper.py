@@ -18,7 +18,10 @@ from dsv3_jax.precision.quantize import BLOCK, Quantized
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.gemm import gemm, wgrad
 from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
+from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import (
+    GATHERED,
+    gather_and_retile,
     quantize_and_keep,
     quantize_blocks,
     quantize_both,
@@ -99,10 +102,13 @@ def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, 
 def ffn(
     x: Float[Array, "n d"], up: Array, gates: Float32[Array, " m"] | None, down: Array, routed: Routed | None, roles: tuple[Role, Role]
 ) -> tuple[Float[Array, "n n_out"], Kept, Kept]:
-    """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU. `routed`: of the rows of each token, summed."""
+    """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU. `routed`: of the rows of each token, summed.
+
+    Of x tokens are kept, not their copies in the rows of experts.
+    """
     rows, owned = routed or (None, None)
-    inputs = _arranged(Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL)), rows)
-    hidden = fprop(inputs, up, owned)
+    inputs = Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL))
+    hidden = fprop(inputs if rows is None else _arranged(inputs, rows), up, owned)
     *activated, values, scales = swiglu_quantize(hidden, gates, roles[1].input_power_of_two, _IMPL)
     return _summed(fprop(Kept(*activated), down, owned), rows), inputs, Kept(values, scales)
 
@@ -123,7 +129,9 @@ def ffn_gradients(
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two
     values, scales, *d_hidden, activated, of_activated, d_gates = swiglu_backward(*hidden, gates, d_activated, *powers, True, _IMPL)
     dx = _summed(_times_kernel_transposed(Kept(values, scales), up, owned), rows)
-    d_up = _wgrad(retile(*inputs, roles[0].wgrad_power_of_two, "left", _IMPL), d_hidden, owned)
+    power = roles[0].wgrad_power_of_two
+    columns_of_inputs = retile(*inputs, power, "left", _IMPL) if rows is None else _turned(inputs, rows, power, False, "left")[1]
+    d_up = _wgrad(columns_of_inputs, d_hidden, owned)
     return dx, d_up, d_gates, _wgrad((activated, of_activated), columns, owned)
 
 
@@ -145,21 +153,34 @@ def _cast(kernel: Array, x: Array) -> Array:
     return kernel.astype(x.dtype)
 
 
-def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple[Kept, Sequence[Array]]:
+def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple[Kept, list[Array]]:
     """Both orientations. That of tokens is rounded as dispatch sends it, and re-tiled: nothing is changed where it has been sent."""
     if rows is None:
         values, scales, *columns = quantize_both(dy, power_of_two, "right", _IMPL)
         return Kept(values, scales), columns
-    gradient = _arranged(Kept(*quantize_rows(dy, power_of_two, _IMPL)), rows)
-    return gradient, retile(*gradient, power_of_two, "right", _IMPL)
+    gradient, columns = _turned(Kept(*quantize_rows(dy, power_of_two, _IMPL)), rows, power_of_two, True, "right")
+    assert gradient is not None
+    return gradient, columns
+
+
+def _turned(tokens: Kept, rows: Rows, power_of_two: bool, keep: bool, operand: Operand) -> tuple[Kept | None, list[Array]]:
+    """Columns of the rows of experts, and these rows themselves, if they are needed."""
+    if tokens.values.shape[1] % GATHERED:
+        arranged = _arranged(tokens, rows)
+        return arranged if keep else None, [*retile(*arranged, power_of_two, operand, _IMPL)]
+    scales = _scales_of(tokens, rows)
+    values, *columns = gather_and_retile(tokens.values, scales, rows.source, power_of_two, keep, operand, _IMPL)
+    return None if values is None else Kept(values, scales), columns
+
+
+def _arranged(tokens: Kept, rows: Rows) -> Kept:
+    """Copies of quantized tokens in the rows of experts."""
+    return Kept(dispatch(tokens.values, rows), _scales_of(tokens, rows))
 
 
 @jax.named_scope("dispatch")
-def _arranged(tokens: Kept, rows: Rows | None) -> Kept:
-    """Copies of quantized tokens in the rows of experts."""
-    if rows is None:
-        return tokens
-    return Kept(dispatch(tokens.values, rows), tokens.scales.at[:, rows.source].get(mode="fill", fill_value=1))
+def _scales_of(tokens: Kept, rows: Rows) -> Float32[Array, "kb m"]:
+    return tokens.scales.at[:, rows.source].get(mode="fill", fill_value=1)
 
 
 def _summed(y: Array, rows: Rows | None) -> Array:

@@ -87,15 +87,16 @@ def test_grouped_linear(fp8):
     assert_same(both_ways(function, (blocks(0, 64), random(1, 3, 64, 128)), fp8, NOBODYS), 4e-3)
 
 
-def test_routed_ffn():
+@pytest.mark.parametrize("width", [64, 256])  # the second is gathered by the kernel that turns it
+def test_routed_ffn(width):
     """Experts of unequal load, one without any; gradients too are sums over a token's rows."""
     experts = jnp.stack([jnp.arange(150) % 5 == 0, jnp.full(150, 3)], 1).astype(jnp.int32)
-    gates, up, down = jnp.abs(random(0, 150, 2)), random(1, 4, 64, 2, 128) / 8, random(2, 4, 128, 64) / 8
+    gates, up, down = jnp.abs(random(0, 150, 2)), random(1, 4, width, 2, 128) / 8, random(2, 4, 128, width) / 8
 
     def layer(x, gates, up, down, recipe):
         return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
 
-    assert_same(both_ways(layer, (random(3, 150, 64).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
+    assert_same(both_ways(layer, (random(3, 150, width).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
 
 
 def test_a_gradient_that_was_sent_is_quantized_to_the_same_numbers():
