@@ -19,7 +19,7 @@ from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import reference
 
 BLOCK = reference.BLOCK
-GATHERED = 2 * BLOCK  # columns of a row that the kernel for gathered rows copies at once: it takes multiples of them
+GATHERED = reference.GATHERED
 ScalesT = Float32[Array, "mb _"] | BFloat16[Array, "mb _ 64"]  # of columns, or parts of them where an operand is named
 
 
