@@ -163,6 +163,16 @@ def test_fp8_keeps_half_of_what_bfloat16_keeps_and_casts_kernels_to_one_byte():
     assert "E4M3" in held_fp8["weights"].note
 
 
+def test_fp8_kernels_keep_tokens_and_the_reference_rows_of_experts():
+    fp8 = change(load("h200"), precision={"policy": "fp8"})
+    kept = lambda config: accounting.layer_activations(config, True, "none")["expert_inputs"]  # noqa: E731
+    tokens = fp8.train.micro_batch_size * fp8.train.sequence_length
+    assert kept(fp8) == accounting.product_input_bytes(fp8, tokens, 2048)
+    assert kept(change(fp8, precision={"impl": "reference"})) > 8 * kept(fp8)
+    spread = change(fp8, parallel={"mesh": MeshConfig(gpu=8)})
+    assert kept(spread) == 8 * kept(fp8)  # each of 8 devices has room for all tokens of the others
+
+
 def test_peak_memory_against_xla():
     config = change(
         load("tiny"),

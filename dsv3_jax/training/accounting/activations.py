@@ -9,7 +9,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.attention import resolve_implementation
 from dsv3_jax.model.moe import block_rows, plan_blocks
 from dsv3_jax.model.transformer import SAVED_NAMES
-from dsv3_jax.parallel.expert import Placement, arriving_pairs, make_hops
+from dsv3_jax.parallel.expert import Placement, arriving_pairs, block_sizes, make_hops
 from dsv3_jax.precision.formats import E4M3, E5M6, Format
 from dsv3_jax.precision.policy import TILES
 from dsv3_jax.precision.quantize import quantize
@@ -119,10 +119,25 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
         "norms": tokens * copies * (2 * m.hidden_size + (m.q_lora_rank or 0) + m.kv_lora_rank),
         "queries_keys_values": tokens * heads * (2 * m.qk_head_dim + m.v_head_dim) * itemsize,
         "attention_scores": tokens * heads * of_query,
-        "expert_inputs": product_input_bytes(config, buffer_rows(config, tokens), m.hidden_size) if is_moe else 0,
+        "expert_inputs": product_input_bytes(config, _expert_input_rows(config, tokens), m.hidden_size) if is_moe else 0,
         "quantized_inputs": sum(product_input_bytes(config, tokens, width) for width in of_norms) if in_fp8 else 0,
         "router_input": FLOAT32_BYTES * tokens * m.hidden_size if is_moe and in_fp8 else 0,
     }
+
+
+def _expert_input_rows(config: Config, tokens: int) -> int:
+    """Rows that experts keep of their input: the FP8 kernels gather them again from the tokens that have arrived."""
+    if config.precision.policy != "fp8" or config.precision.impl == "reference" or config.train.compute_dtype != "bfloat16":
+        return buffer_rows(config, tokens)
+    placement, devices = _placement(config), config.parallel.mesh.batch_devices
+    if not placement.hops:
+        return tokens
+    blocks = block_sizes(tokens // devices, config.model.num_experts_per_tok, placement)
+    return devices * blocks[-1] * placement.hops[-1].size
+
+
+def _placement(config: Config) -> Placement:
+    return Placement(hops=make_hops(config.parallel.dispatch, config.parallel.mesh, config.model), bound=config.parallel.dispatch_bound)
 
 
 @functools.cache
@@ -130,8 +145,7 @@ def buffer_rows(config: Config, tokens: int) -> int:
     """Rows of the buffers of routed experts on all GPUs: one for each (token, expert) pair that there is room for, and padding."""
     model, mesh = config.model, config.parallel.mesh
     here, k = model.n_routed_experts // mesh.expert_devices, model.num_experts_per_tok
-    placement = Placement(hops=make_hops(config.parallel.dispatch, mesh, model), bound=config.parallel.dispatch_bound)
-    of_device = tokens // mesh.batch_devices
+    placement, of_device = _placement(config), tokens // mesh.batch_devices
     most = arriving_pairs(of_device, k, model.n_routed_experts, placement) if placement.hops else None
     rows = block_rows(of_device * k, here, "gpu")
     experts = jax.ShapeDtypeStruct((of_device, k), jnp.int32)
