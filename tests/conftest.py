@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the first process; the others, an
     _shared = tempfile.TemporaryDirectory(prefix="dsv3_jax_tests_")
     # Compiled programs are shared between tests; a folder given from outside keeps them between test runs.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{_shared.name}/programs")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or the first worker takes most of a GPU's memory from the others
     os.environ |= {
         # Tests compile much and run little, so they compile without optimising.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
