@@ -12,10 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import whole_rows
 from pallas_kernels.parts import Operand
-from pallas_kernels.quantize.arithmetic import LONG, WIDE, are_ordinary, keys_of, largest_of, quotient
-from pallas_kernels.quantize.instructions import fence, number_in
-from pallas_kernels.quantize.pieces import store_columns
-from pallas_kernels.quantize.reference import BLOCK, E4M3, GATHERED, tile_scale
+from pallas_kernels.quantize.arithmetic import LONG, WIDE, are_ordinary, keys_of, quotient
+from pallas_kernels.quantize.instructions import fence
+from pallas_kernels.quantize.pieces import number_in, store_columns
+from pallas_kernels.quantize.reference import BLOCK, E4M3, GATHERED
 from pallas_kernels.quantize.tiles import (
     EACH_WARP,
     LINE,
@@ -29,6 +29,7 @@ from pallas_kernels.quantize.tiles import (
     load_lines,
     of_columns,
     once,
+    scale_of_columns,
     tile_of,
     whole_columns,
 )
@@ -141,8 +142,7 @@ def _turn(team, t, power_of_two, operand):
     plgpu.barrier_arrive(s["largest_known"])
     plgpu.barrier_wait(s["largest_known"])
     pl.when(side == team.sides - 1)(lambda: team.load(n + team.stages))
-    keys = [plgpu.load(largest.at[q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
-    scale = tile_scale(largest_of(functools.reduce(jnp.maximum, keys)), power_of_two)
+    scale = scale_of_columns(largest, power_of_two)
 
     @pl.when(team.quarter == 0)
     def _known() -> None:
@@ -176,6 +176,13 @@ class _Team:
         at = self.first + n * self.step
         return lax.rem(at, self.row_blocks), lax.div(at, self.row_blocks)
 
+    def is_there(self, n: Any) -> Array:
+        return self.first + n * self.step < self.loads
+
+    def columns(self, j: Array) -> Any:
+        """Those of a load."""
+        return pl.ds(j * self.sides * BLOCK, self.sides * BLOCK)
+
     def loaded(self, slot: Array) -> Any:
         """What says that a slot is full."""
         return self.all_loaded.at[self.number * self.stages + slot]
@@ -194,10 +201,10 @@ class _Team:
         slot = lax.rem(n, self.stages)
         full, target = self.loaded(slot), self.s["values_s"].at[slot]
 
-        @pl.when(self.first + n * self.step < self.loads)
+        @pl.when(self.is_there(n))
         def _():
             i, j = self.place(n)
-            columns = pl.ds(j * self.sides * BLOCK, self.sides * BLOCK)
+            columns = self.columns(j)
             if "source" in self.refs:
                 self.gather(n, columns, target, full)
 
@@ -225,7 +232,7 @@ class _Team:
     def ask(self, n: Any) -> None:
         """Which tokens the rows of a load are, one load ahead."""
 
-        @pl.when(self.first + n * self.step < self.loads)
+        @pl.when(self.is_there(n))
         def _():
             target = self.s["source_s"].at[lax.rem(n, self.stages + 1)]
             plgpu.copy_gmem_to_smem(self.refs["source"].at[at_block(self.place(n)[0])], target, self.s["source_known"])
@@ -237,7 +244,7 @@ class _Team:
         if "kept" in self.refs:
             n, side = lax.div(t, self.sides), lax.rem(t, self.sides)
             i, j = self.place(n)
-            target = self.refs["kept"].at[at_block(i), pl.ds(j * self.sides * BLOCK, self.sides * BLOCK)]
+            target = self.refs["kept"].at[at_block(i), self.columns(j)]
             pl.when(side == 0)(lambda: plgpu.copy_smem_to_gmem(self.s["values_s"].at[lax.rem(n, self.stages)], target))
 
     def store(self, t: Any) -> None:

@@ -11,7 +11,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import here, whole_rows
-from pallas_kernels.parts import Operand
 from pallas_kernels.quantize.arithmetic import (
     SHORT,
     as_float,
@@ -26,7 +25,7 @@ from pallas_kernels.quantize.arithmetic import (
 )
 from pallas_kernels.quantize.instructions import fence, meet, reciprocal, widened
 from pallas_kernels.quantize.pieces import load_of_rows, load_pieces, of_rows, store_columns, store_pieces, turn
-from pallas_kernels.quantize.reference import BLOCK, E4M3, tile_scale
+from pallas_kernels.quantize.reference import BLOCK, E4M3, swiglu_operands
 from pallas_kernels.quantize.tiles import (
     FEW_ROWS,
     LINE,
@@ -41,6 +40,7 @@ from pallas_kernels.quantize.tiles import (
     of_columns,
     once,
     padded,
+    scale_of_columns,
     start_all,
     store_all,
     tile_of,
@@ -121,7 +121,7 @@ def swiglu_backward(
     check_halves("hidden", f)
     blocks, mp = f // BLOCK, padded(m)
     inputs = (hidden, scales, d_act) if gates is None else (hidden, scales, d_act, jnp.pad(gates, (0, mp - rows)))
-    operands: tuple[Operand | None, Operand | None] = ("right", "left") if parts else (None, None)
+    operands = swiglu_operands(parts)
     of_tensors = (power_of_two, operands[0]), (power_of_two, operands[0]), (act_power_of_two, operands[1])
     values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = launch(
         functools.partial(_backward_body, of_tensors=of_tensors),
@@ -289,8 +289,7 @@ def _quantize_turned(tensors: tuple, of_tensors: tuple, quarter: Array, targets:
         plgpu.barrier_arrive(s["largest_known"].at[slot])
     for slot, (x, (power_of_two, operand), (_, of_scales)) in enumerate(zip(turned, of_tensors, targets, strict=True)):
         plgpu.barrier_wait(s["largest_known"].at[slot])
-        keys = [plgpu.load(s["largest_s"].at[slot, q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
-        scale = tile_scale(largest_of(functools.reduce(jnp.maximum, keys)), power_of_two)
+        scale = scale_of_columns(s["largest_s"].at[slot], power_of_two)
         store_columns(s["values_t_s"].at[slot], computed_quotient(x, LINE(4), scale, power_of_two), quarter)
 
         @pl.when(quarter == slot + 1)

@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
-from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
+from jaxtyping import Array, BFloat16, Float32, UInt32
 
 from pallas_kernels.registers import elements, together
 
@@ -65,21 +65,6 @@ def side_by_side(words: Sequence[UInt32[Array, "n"]], layout: Any) -> BFloat16[A
         return mgpu.FragmentedArray(_registers=registers, _layout=after, _is_signed=None)
 
     return words_side_by_side(*words)
-
-
-def number_in(ref: Any, at: Int32[Array, ""]) -> Int32[Array, ""]:
-    """An integer of a line in shared memory, in one warp, for which Pallas has no load."""
-    scalar = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
-    def number_loaded(_: Any, ref: Any, at: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
-        start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
-        address = arith.addi(start, arith.muli(at.registers.item(), mgpu.c(4, i32)))
-        number = llvm.inline_asm(i32, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}", has_side_effects=True)
-        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
-
-    return number_loaded(ref, at)
 
 
 def meet() -> None:

@@ -10,6 +10,7 @@ memory if there are none left. Here addresses are one number, and constants that
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
@@ -17,7 +18,7 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, Float32, Int32, Shaped
 
 from pallas_kernels.memory import in_tiles
 from pallas_kernels.registers import elements, together
@@ -100,6 +101,18 @@ def store_columns(ref: Any, x: Shaped[Array, "128 rows"], number: Array) -> None
             _store(words[4 * i : 4 * i + 4], start, i * UNIT)
 
     columns_stored(ref, x, number)
+
+
+def number_in(line: Any, at: Int32[Array, ""]) -> Int32[Array, ""]:
+    """An integer of a line in shared memory, in one warp, for which Pallas has no load."""
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
+    def number_loaded(_: Any, line: Any, at: Any) -> Any:
+        address = arith.addi(_start(line), _times(at.registers.item(), 4))
+        return mgpu.FragmentedArray.splat(_asm("ld.shared.b32 $0, [$1];", 1, [address])[0], (), is_signed=True)
+
+    return number_loaded(line, at)
 
 
 def _tiled(dtype: Any) -> Any:

@@ -68,8 +68,13 @@ def swiglu_backward(
         act, back = jax.vjp(_swiglu, dequantized, gates)
         d_hidden, d_gates = back(d_act)
     kept = dequantize_rows(*quantize_rows(act, act_power_of_two))
-    operands: tuple[Operand | None, Operand | None] = ("right", "left") if parts else (None, None)
+    operands = swiglu_operands(parts)
     return *quantize_both(d_hidden, power_of_two, operands[0]), *_turned(kept, act_power_of_two, operands[1]), d_gates
+
+
+def swiglu_operands(parts: bool) -> tuple[Operand | None, Operand | None]:
+    """What Wgrad takes the columns of `swiglu_backward` as, if their scales are parts: those of the gradient, and of the activation."""
+    return ("right", "left") if parts else (None, None)
 
 
 def retile(values: Array, scales: Array, power_of_two: bool = False, operand: Operand | None = None) -> tuple[Array, Array]:

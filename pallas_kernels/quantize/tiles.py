@@ -12,6 +12,7 @@ and does not store there, so edges need no code. That is true of tiles; lines (s
 lines are padded to whole tiles.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.memory import tiled
 from pallas_kernels.parts import EACH, PARTS, Operand, words_of_parts
+from pallas_kernels.quantize.arithmetic import largest_of
 from pallas_kernels.quantize.instructions import side_by_side
-from pallas_kernels.quantize.reference import BLOCK
+from pallas_kernels.quantize.reference import BLOCK, tile_scale
 
 Array = jax.Array
 
@@ -107,6 +109,12 @@ def launch(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: t
         kernel_name=name,
         **kwargs,
     )
+
+
+def scale_of_columns(largest: Any, power_of_two: bool) -> Array:
+    """The scales of 128x1 tiles, from `keys_of` each warpgroup's rows of them: [QUARTERS, columns] in shared memory."""
+    keys = [plgpu.load(largest.at[q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
+    return tile_scale(largest_of(functools.reduce(jnp.maximum, keys)), power_of_two)
 
 
 def of_columns(k: int, row_blocks: int, operand: Operand | None) -> tuple[tuple[int, ...], Any]:
