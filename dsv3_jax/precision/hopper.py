@@ -6,7 +6,7 @@ kernel each. Weights are quantized again in the backward pass instead of being k
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,10 @@ class Owners(NamedTuple):
 Routed = tuple[Rows, Owners]
 
 
-def unsupported(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: int | None, rows: int | None) -> str | None:
-    """Why the kernels cannot run a product of x, or None. `widths`: of its operands; `rows`: of a block of one expert."""
-    if x.dtype != jnp.bfloat16:
-        return f"activations are {x.dtype}, the kernels take bfloat16 (train.compute_dtype)"
+def unsupported(recipe: Recipe, dtype: Any, widths: tuple[int, ...], ffn_width: int | None, rows: int | None) -> str | None:
+    """Why the kernels cannot run a product, or None. `dtype`: of activations; `widths`: of operands; `rows`: of a block of one expert."""
+    if dtype != jnp.bfloat16:
+        return f"activations are {dtype}, the kernels take bfloat16 (train.compute_dtype)"
     if recipe.fp8 and (recipe.input_tile, recipe.gradient_tile, recipe.weight_tile) != ((1, BLOCK), (1, BLOCK), (BLOCK, BLOCK)):
         return "the kernels know only tiles of 1x128 and 128x128 (precision.*_tile)"
     if any(width % 64 for width in widths) or (ffn_width or 0) % BLOCK:

@@ -260,7 +260,7 @@ def _on_kernels(recipe: Recipe, x: Array, widths: tuple[int, ...], ffn_width: in
     """Whether the kernels for Hopper run this product: where they cannot, `impl="pallas"` is refused and "auto" says so."""
     if not use_pallas(recipe.impl):
         return False
-    reason = "a tap sees the products one by one" if recipe.tap else hopper.unsupported(recipe, x, tuple(widths), ffn_width, rows)
+    reason = "a tap sees the products one by one" if recipe.tap else hopper.unsupported(recipe, x.dtype, tuple(widths), ffn_width, rows)
     if reason is None:
         return True
     if recipe.impl == "pallas":

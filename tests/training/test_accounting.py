@@ -169,6 +169,7 @@ def test_fp8_kernels_keep_tokens_and_the_reference_rows_of_experts():
     tokens = fp8.train.micro_batch_size * fp8.train.sequence_length
     assert kept(fp8) == accounting.product_input_bytes(fp8, tokens, 2048)
     assert kept(change(fp8, precision={"impl": "reference"})) > 8 * kept(fp8)
+    assert kept(change(fp8, precision={"activation_tile": "128x128"})) > 7 * kept(fp8)  # which the kernels do not take
     spread = change(fp8, parallel={"mesh": MeshConfig(gpu=8)})
     assert kept(spread) == 8 * kept(fp8)  # each of 8 devices has room for all tokens of the others
 

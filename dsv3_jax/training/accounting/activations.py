@@ -11,7 +11,8 @@ from dsv3_jax.model.moe import block_rows, plan_blocks
 from dsv3_jax.model.transformer import SAVED_NAMES
 from dsv3_jax.parallel.expert import Placement, arriving_pairs, block_sizes, make_hops
 from dsv3_jax.precision.formats import E4M3, E5M6, Format
-from dsv3_jax.precision.policy import TILES
+from dsv3_jax.precision.hopper import unsupported
+from dsv3_jax.precision.policy import TILES, Recipe
 from dsv3_jax.precision.quantize import quantize
 from dsv3_jax.training.accounting.parameters import layers_of
 from dsv3_jax.training.pipeline_step import room_of_rank
@@ -127,7 +128,9 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
 
 def _expert_input_rows(config: Config, tokens: int) -> int:
     """Rows that experts keep of their input: the FP8 kernels gather them again from the tokens that have arrived."""
-    if config.precision.policy != "fp8" or config.precision.impl == "reference" or config.train.compute_dtype != "bfloat16":
+    m, recipe, dtype = config.model, Recipe.of(config.precision), jnp.dtype(config.train.compute_dtype)
+    refused = unsupported(recipe, dtype, (m.hidden_size, 2 * m.moe_intermediate_size), m.moe_intermediate_size, None)
+    if not recipe.fp8 or recipe.impl == "reference" or refused:
         return buffer_rows(config, tokens)
     placement, devices = _placement(config), config.parallel.mesh.batch_devices
     if not placement.hops:
