@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantize.instructions import larger, reciprocal
+from pallas_kernels.quantize.instructions import larger, product, reciprocal
 from pallas_kernels.quantize.reference import E4M3, E5M6_BITS, E5M6_MIN_EXPONENT, SMALLEST_NORMAL, tile_scale
 
 Array = jax.Array
@@ -32,7 +32,7 @@ def kind_of(x: Any) -> str:
 def quantize_lines(x: Array, layout: Any, power_of_two: bool, kind: str) -> tuple[Array, Array]:
     """E4M3 values of x[lines, n] in float32, and the scale of each line."""
     scale = tile_scale(largest_of(keys_of(x, layout)), power_of_two)
-    return quotient(x, scale, (0,), power_of_two, kind).astype(E4M3), scale
+    return quotient(x, scale, (0,), power_of_two, kind, layout).astype(E4M3), scale
 
 
 def keys_of(x: Array, layout: Any) -> Array:
@@ -71,16 +71,17 @@ def computed_quotient(x: Array, layout: Any, scale: Array, power_of_two: bool, f
     return (x * lax.broadcast_in_dim(inverse, x.shape, (0,))).astype(E4M3)
 
 
-def quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str) -> Array:
-    """x / scale, where `axes` of x are those of scale. An infinite scale makes zeros, and NaN of infinity."""
+def quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str, layout: Any) -> Array:
+    """x / scale, where `axes` of x are those of scale. An infinite scale makes zeros, and NaN of infinity.
+
+    A subnormal x is zero. `layout`: of x; LONG needs none.
+    """
     spread = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=axes)
-    if kind in (SHORT, LONG):
-        x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
     if power_of_two:
-        return x * spread(_if_finite(scale, _inverse_power(scale)))
+        return product(x, spread(_if_finite(scale, _inverse_power(scale))), layout)
     if kind == SHORT:
         high, rest = _split_reciprocal(scale)
-        quotient = x * spread(_if_finite(scale, high))  # exact: 8 by 12 bits
+        quotient = product(x, spread(_if_finite(scale, high)), layout)  # exact: 8 by 12 bits
         return quotient + quotient * spread(rest)
     if kind == WIDE:
         high = 1.0 / scale
@@ -88,6 +89,7 @@ def quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, 
         rest = high * (1.0 - scale * high)
         high, rest = (spread(_if_finite(scale, part)) for part in (high, rest))
         return x * high + x * rest
+    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
     inverse = spread(_if_finite(scale, 1.0 / scale))
     quotient = x * inverse
     return quotient + (x - quotient * spread(_if_finite(scale, scale))) * inverse

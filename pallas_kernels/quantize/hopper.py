@@ -154,8 +154,8 @@ def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, s
         lines = widened(plgpu.load(x_s.at[j], layout=FEW_ROWS), FEW_ROWS)
         largest = largest_of(keys_of(lines, FEW_ROWS))
         scale, kept_scale = tile_scale(largest, False), tile_scale(largest, True, E5M6_MAX)
-        values_s[j] = quotient(lines, scale, (0,), False, SHORT).astype(E4M3)
-        kept_s[j] = to_e5m6(quotient(lines, kept_scale, (0,), True, SHORT))
+        values_s[j] = quotient(lines, scale, (0,), False, SHORT, FEW_ROWS).astype(E4M3)
+        kept_s[j] = to_e5m6(quotient(lines, kept_scale, (0,), True, SHORT, FEW_ROWS))
         scales_s[0, j], scales_s[1, j] = scale, kept_scale
         here = rows, at_block(first + j)
         copies += [(values_s.at[j], values.at[here]), (kept_s.at[j], kept.at[here])]
@@ -244,7 +244,7 @@ def _blocks_body(w, values, values_t, scales, scales_t, *, w_s, values_s, values
     scale = tile_scale(jnp.max(largest_of(keys_of(rows, ROWS))), False)  # Mosaic takes one axis at a time
     scales[expert, i, j] = scale
     scales_t[expert, j, i] = scale
-    values_s[...] = quotient(rows, scale, (), False, LONG).astype(E4M3)
+    values_s[...] = quotient(rows, scale, (), False, LONG, ROWS).astype(E4M3)
     columns = load_lines(w_s.T)
-    values_t_s[...] = in_runs(quotient(columns, scale, (), False, LONG).astype(E4M3))
+    values_t_s[...] = in_runs(quotient(columns, scale, (), False, LONG, LINE(4)).astype(E4M3))
     store_all([(values_s, values.at[expert, at_block(i), at_block(j)]), (values_t_s, values_t.at[expert, at_block(j), at_block(i)])])

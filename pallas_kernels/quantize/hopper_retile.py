@@ -149,7 +149,7 @@ def _turn(team, t, power_of_two, operand):
         team.refs["scales_t"][i, at_block(j * team.sides + side)] = as_operand(scale, operand)
 
     def divided(kind):
-        return quotient(x, scale, (0,), power_of_two, kind).astype(E4M3)
+        return quotient(x, scale, (0,), power_of_two, kind, LINE(4)).astype(E4M3)
 
     store_columns(turned, lax.cond(ordinary, lambda: divided(WIDE), lambda: divided(LONG)), team.quarter)
     fence()

@@ -162,10 +162,18 @@ def _larger_magnitude(x, y):
     return jnp.where(jnp.isnan(larger), jnp.nan, -larger)
 
 
+def product_of_normals(x, y):
+    """Without subnormal numbers, which a CPU may have flushed already."""
+    smallest = jnp.finfo(jnp.float32).smallest_normal
+    flushed = lambda z: jnp.where(jnp.abs(z) < smallest, 0.0, z)  # noqa: E731
+    return flushed(flushed(x) * y)
+
+
 _ELEMENTWISE = {
     "approximate_reciprocal": lambda x: 1 / x,
     "larger_magnitude": _larger_magnitude,
     "other_name": pieces.other_name,
+    "product_of_normals": product_of_normals,
     "pairs_to_float32": lambda x: x.astype(jnp.float32),
     "words_side_by_side": lambda *words: jax.lax.bitcast_convert_type(jnp.stack(words, 1), jnp.bfloat16).reshape(words[0].size, -1),
 }
