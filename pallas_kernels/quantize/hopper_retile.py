@@ -1,7 +1,6 @@
 """Tiles of rows turned into tiles of columns on Hopper GPUs (Mosaic GPU), for Wgrad."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,33 +9,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.memory import whole_rows
+from pallas_kernels.memory import here, whole_rows
 from pallas_kernels.parts import Operand
-from pallas_kernels.quantize.arithmetic import LONG, WIDE, are_ordinary, keys_of, quotient
-from pallas_kernels.quantize.instructions import fence
-from pallas_kernels.quantize.pieces import number_in, store_columns
-from pallas_kernels.quantize.reference import BLOCK, E4M3, GATHERED
+from pallas_kernels.quantize.arithmetic import LONG, WIDE, are_ordinary, largest_of, quotient, unsigned
+from pallas_kernels.quantize.columns import RUN, again, by_columns, load_turned, store_turned
+from pallas_kernels.quantize.gathered import OF_ROWS, gather, wait_for_rows
+from pallas_kernels.quantize.instructions import fence, larger, meet
+from pallas_kernels.quantize.reference import BLOCK, E4M3, GATHERED, tile_scale
+from pallas_kernels.quantize.tickets import counter, publish, take
 from pallas_kernels.quantize.tiles import (
     EACH_WARP,
     LINE,
-    QUARTER,
-    QUARTERS,
     as_operand,
     at_block,
     check_width,
     in_one_warp,
     launch,
-    load_lines,
     of_columns,
     once,
-    scale_of_columns,
+    swizzle_of,
     tile_of,
     whole_columns,
 )
 
 Array = jax.Array
 
-TEAMS = 2  # of a multiprocessor, of QUARTERS warpgroups, each with tiles of its own
+WARPGROUPS = 4
+ROW = 256  # bytes of a row that a team of warpgroups loads: of E4M3 two tiles side by side, which come faster than one by one
 
 
 @once
@@ -46,7 +45,8 @@ def retile(
     """See `pallas_kernels.quantize.retile`."""
     values = whole_rows(values)
     check_width("values", values.shape[1])
-    values_t, scales_t = _turned(values, scales, None, power_of_two, False, operand, sm_count, interpret)
+    sides = ROW // (BLOCK * values.dtype.itemsize)
+    values_t, scales_t = _turned(dict(values=values, scales=scales), sides, power_of_two, False, operand, sm_count, interpret)
     return values_t, scales_t
 
 
@@ -64,198 +64,169 @@ def gather_and_retile(
     """See `pallas_kernels.quantize.gather_and_retile`."""
     if values.shape[1] % GATHERED:
         raise NotImplementedError(f"values: rows of {values.shape[1]}: gathered {GATHERED} columns at once; gather first, then retile")
-    values_t, scales_t, *kept = _turned(values, scales, source, power_of_two, keep, operand, sm_count, interpret)
+    inputs = dict(values=values, scales=scales, source=source)
+    values_t, scales_t, *kept = _turned(inputs, 1, power_of_two, keep, operand, sm_count, interpret)
     return kept[0] if keep else None, values_t, scales_t
 
 
 def _turned(
-    values: Array,
-    scales: Array,
-    source: Array | None,
-    power_of_two: bool,
-    keep: bool,
-    operand: Operand | None,
-    sm_count: int,
-    interpret: Any,
+    inputs: dict[str, Array], sides: int, power_of_two: bool, keep: bool, operand: Operand | None, sm_count: int, interpret: Any
 ) -> list[Array]:
     """Values of columns, their scales, and gathered rows if they are kept."""
-    k, rows = values.shape[1], scales.shape[1]
-    gathers = source is not None
-    wide = GATHERED if gathers else BLOCK
-    stages = 4 * BLOCK // (values.dtype.itemsize * wide)  # 128 KiB in shared memory
-    slots = TEAMS, stages, BLOCK, wide
-    inputs = dict(values=values, scales=scales) | (dict(source=source) if gathers else {})
+    values, gathers = inputs["values"], "source" in inputs
+    k, rows = values.shape[1], inputs["scales"].shape[1]
+    teams = WARPGROUPS // sides
+    of_team = teams, sides, BLOCK
+    inputs = inputs | dict(tickets=counter())
     out: dict = dict(values_t=((k, rows), E4M3), scales_t=of_columns(k, rows // BLOCK, operand))
     out |= dict(kept=((rows, k), values.dtype)) if keep else {}
     values_t, scales_t, *kept = launch(
         functools.partial(_body, names=(*inputs, *out), power_of_two=power_of_two, operand=operand),
         "gather_and_retile" if gathers else "retile",
-        grid=(min(sm_count, pl.cdiv(rows // BLOCK * pl.cdiv(k, wide), TEAMS)),),
+        grid=(min(sm_count, pl.cdiv(rows // BLOCK * pl.cdiv(k, sides * BLOCK), teams)),),
         grid_names=("sm",),
         out=out,
         scratch=dict(
-            values_s=plgpu.SMEM(slots, values.dtype) if gathers else tile_of(values.dtype, *slots, width=k),
-            scales_s=plgpu.SMEM((TEAMS, stages, wide // BLOCK, BLOCK), jnp.float32),
-            source_s=plgpu.SMEM((TEAMS, stages + 1, BLOCK), jnp.int32),
-            values_t_s=tile_of(E4M3, TEAMS, 2, BLOCK, BLOCK),
-            largest_s=plgpu.SMEM((TEAMS, 2, QUARTERS, BLOCK), jnp.uint32),
-            loaded=plgpu.Barrier(num_arrivals=1 + (BLOCK if gathers else 1), num_barriers=TEAMS * stages),
-            source_known=plgpu.Barrier(num_barriers=TEAMS),
-            largest_known=plgpu.Barrier(num_arrivals=QUARTERS, num_barriers=TEAMS),
-            made=plgpu.Barrier(num_arrivals=QUARTERS, num_barriers=TEAMS),
+            values_s=tile_of(values.dtype, *of_team, BLOCK, width=k),
+            scales_s=plgpu.SMEM((teams, 2, sides, BLOCK), jnp.float32),
+            largest_s=plgpu.SMEM(of_team, jnp.uint32),
+            scales_t_s=plgpu.SMEM(of_team, jnp.float32),
+            values_t_s=tile_of(E4M3, *of_team, BLOCK),
+            next_s=plgpu.SMEM((teams, 2, 1), jnp.int32),
+            loaded=plgpu.Barrier(num_arrivals=1 if gathers else 1 + sides, num_barriers=teams),
+            read=plgpu.Barrier(num_arrivals=sides, num_barriers=teams),
+            made=plgpu.Barrier(num_barriers=WARPGROUPS),
         ),
         interpret=interpret,
-        num_threads=TEAMS * QUARTERS,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs.values())
     return [values_t, whole_columns(scales_t, k), *kept]
 
 
-def _body(*refs, names, power_of_two, operand, loaded, **scratch):
-    """Teams of four warpgroups with tiles of their own; each warpgroup has 32 rows of the team's. The next tiles come in meanwhile.
+def _body(*refs, names, power_of_two, operand, **scratch):
+    """Teams take loads of tiles, as the counter gives them, and turn one while the next comes."""
+    team = _Team(dict(zip(names, refs, strict=True)), scratch)
+    team.load(team.first, team.tokens(team.first), 0)
+    carry = jnp.int32(0), team.first, team.first + team.step
+    lax.while_loop(lambda carry: carry[1] < team.loads, lambda carry: _turn(team, *carry, power_of_two, operand), carry)
+    in_one_warp(2, stored)
 
-    A team meets once a tile, for the largest of its columns: then all of the tile is in registers, and the next may take its place.
+
+def _turn(team, t, n, following, power_of_two, operand):
+    """Load n, a tile for each warpgroup of the team; `following` comes once it is in registers.
+
+    There it stays as it came. What its scales make of it is computed twice: for the largest of each column, and to be divided.
     """
-    number, quarter = lax.div(lax.axis_index("warpgroup"), QUARTERS), lax.rem(lax.axis_index("warpgroup"), QUARTERS)
-    own = {name: ref.at[number] for name, ref in scratch.items()}
-    team = _Team(number, quarter, dict(zip(names, refs, strict=True)), own, loaded)
-    team.start()
-    lax.fori_loop(0, team.tiles, lambda t, _: _turn(team, t, power_of_two, operand), None)
-    team.end()
-
-
-def _turn(team, t, power_of_two, operand):
-    """Tile t of a team. Values are loaded as columns byte by byte: memory leaves time for that, and none for a turn in float32."""
-    s = team.s
-    n, side = lax.div(t, team.sides), lax.rem(t, team.sides)
-    slot, largest, turned = lax.rem(n, team.stages), s["largest_s"].at[lax.rem(t, 2)], s["values_t_s"].at[lax.rem(t, 2)]
-    i, j = team.place(n)
-    pl.when(side == 0)(lambda: plgpu.barrier_wait(team.loaded(slot)))
-    x = load_lines(s["values_s"].at[slot, team.own_rows, at_block(side)].T)
-    of_rows = s["scales_s"].at[slot, side]
-    x = x * lax.broadcast_in_dim(plgpu.load(of_rows.at[team.own_rows], layout=LINE(4).reduce(0)), x.shape, (1,))
+    s, slot, layout = team.s, lax.rem(t, 2), by_columns(team.dtype)
+    next_s, of_rows = s["next_s"].at[slot], s["scales_s"].at[slot, team.side]
+    ticket = lax.cond(team.side == 0, lambda: take(team.refs["tickets"]), lambda: jnp.int32(0))
+    tokens = team.tokens(following)
+    team.wait(n)
+    tile = load_turned(team.values_s, team.dtype, team.swizzle)
     ordinary = are_ordinary(plgpu.load(of_rows, layout=EACH_WARP))
-    largest[team.quarter] = keys_of(x, LINE(4))
-    team.by_one_warp(0, lambda: team.store_before(t))
+
+    def run(r, zero=None):
+        """Some rows, times their scales."""
+        part = tile[:, r * RUN : (r + 1) * RUN]
+        part = part if zero is None else again(part, zero, team.dtype)
+        scale = plgpu.load(of_rows.at[pl.ds(r * RUN, RUN)], layout=layout.reduce(0))
+        return part.astype(jnp.float32) * lax.broadcast_in_dim(scale, part.shape, (1,))
+
+    keys = [unsigned(larger(run(r), run(r + 1), layout)) for r in range(0, BLOCK // RUN, 2)]
+    team.largest_s[...] = jnp.max(functools.reduce(jnp.maximum, keys), axis=1)
+    in_one_warp(2, stored)
+    pl.when(team.side == 0)(lambda: publish(next_s, ticket))
     fence()
-    plgpu.barrier_arrive(s["largest_known"])
-    plgpu.barrier_wait(s["largest_known"])
-    pl.when(side == team.sides - 1)(lambda: team.load(n + team.stages))
-    scale = scale_of_columns(largest, power_of_two)
+    plgpu.barrier_arrive(s["read"])
+    plgpu.barrier_wait(s["read"])
+    team.load(following, tokens, 1 - slot)
+    scale = tile_scale(largest_of(plgpu.load(team.largest_s, layout=LINE(4).reduce(1))), power_of_two)
+    team.scales_t_s[...] = scale
+    meet()
+    team.store_scales(n, as_operand(scale, operand))
+    of_columns = plgpu.load(team.scales_t_s, layout=layout.reduce(1))
 
-    @pl.when(team.quarter == 0)
-    def _known() -> None:
-        team.refs["scales_t"][i, at_block(j * team.sides + side)] = as_operand(scale, operand)
+    def divide(kind):
+        for r in range(0, BLOCK // RUN, 2):
+            part = jnp.concatenate([run(r + upper, here(t)) for upper in (0, 1)], axis=1)
+            store_turned(team.values_t_s, quotient(part, of_columns, (0,), power_of_two, kind, layout).astype(E4M3), r, team.dtype)
 
-    def divided(kind):
-        return quotient(x, scale, (0,), power_of_two, kind, LINE(4)).astype(E4M3)
-
-    store_columns(turned, lax.cond(ordinary, lambda: divided(WIDE), lambda: divided(LONG)), team.quarter)
+    lax.cond(ordinary, lambda: divide(WIDE), lambda: divide(LONG))
     fence()
-    plgpu.barrier_arrive(s["made"])
+    plgpu.barrier_arrive(team.made)
+    in_one_warp(2, lambda: team.store(n))
+    return t + 1, following, 2 * team.step + next_s[0]
+
+
+stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
 
 
 class _Team:
-    """What a team loads and stores. Load n brings `sides` tiles, side by side, which are turned one after the other."""
+    """Warpgroups with tiles side by side, seen from one of them: what it loads and stores."""
 
-    def __init__(self, number: Array, quarter: Array, refs: dict[str, Any], s: dict[str, Any], loaded: Any) -> None:
-        self.number, self.quarter, self.refs, self.s, self.all_loaded = number, quarter, refs, s, loaded
-        self.stages, self.sides, _ = s["scales_s"].shape
-        self.row_blocks = refs["scales_t"].shape[0]
-        self.own_rows = pl.ds(quarter * QUARTER, QUARTER)
-        self.first, self.step = TEAMS * lax.axis_index("sm") + number, TEAMS * lax.axis_size("sm")
-        self.loads = self.row_blocks * pl.cdiv(refs["values"].shape[1], self.sides * BLOCK)
+    def __init__(self, refs: dict[str, Any], scratch: dict[str, Any]) -> None:
+        teams, _, sides, _ = scratch["scales_s"].shape
+        warpgroup = lax.axis_index("warpgroup")
+        number, self.side, self.sides, self.refs = lax.div(warpgroup, sides), lax.rem(warpgroup, sides), sides, refs
+        self.made = scratch.pop("made").at[warpgroup]
+        self.s = {name: ref.at[number] for name, ref in scratch.items()}
+        own = ("values_s", "largest_s", "scales_t_s", "values_t_s")
+        self.values_s, self.largest_s, self.scales_t_s, self.values_t_s = (self.s[name].at[self.side] for name in own)
+        self.dtype, width = refs["values"].dtype, refs["values"].shape[1]
+        self.swizzle = swizzle_of(self.dtype, BLOCK, width)
+        self.row_blocks, self.column_blocks = refs["scales_t"].shape[0], refs["scales"].shape[0]
+        self.loads = self.row_blocks * pl.cdiv(self.column_blocks, sides)
+        self.first, self.step = teams * lax.axis_index("sm") + number, teams * lax.axis_size("sm")
 
-    @property
-    def tiles(self) -> Array:
-        return lax.div(self.loads - self.first + self.step - 1, self.step) * self.sides
+    def place(self, n: Array) -> tuple[Array, Array]:
+        """Blocks of rows, and of columns. All rows come before the next columns: rows that are gathered twice are then still in L2."""
+        return lax.rem(n, self.row_blocks), self.sides * lax.div(n, self.row_blocks)
 
-    def place(self, n: Any) -> tuple[Array, Array]:
-        """Blocks of rows and of columns. All rows come before the next columns: rows that are gathered twice are then still in L2."""
-        at = self.first + n * self.step
-        return lax.rem(at, self.row_blocks), lax.div(at, self.row_blocks)
+    def tokens(self, n: Array) -> Array | None:
+        """Which tokens the rows of a load are, if they are gathered."""
+        if "source" not in self.refs:
+            return None
+        i, _ = self.place(jnp.minimum(n, self.loads - 1))
+        return plgpu.load(self.refs["source"].at[at_block(i)], layout=OF_ROWS, optimized=False)
 
-    def is_there(self, n: Any) -> Array:
-        return self.first + n * self.step < self.loads
-
-    def columns(self, j: Array) -> Any:
-        """Those of a load."""
-        return pl.ds(j * self.sides * BLOCK, self.sides * BLOCK)
-
-    def loaded(self, slot: Array) -> Any:
-        """What says that a slot is full."""
-        return self.all_loaded.at[self.number * self.stages + slot]
-
-    def by_one_warp(self, number: int, f: Callable[[], None]) -> None:
-        """Calls f in one warp of the team, another one for each kind of copies."""
-        pl.when(self.quarter == number)(lambda: in_one_warp(number, f))
-
-    def start(self) -> None:
-        if "source" in self.refs:
-            self.by_one_warp(2, lambda: self.ask(0))
-        for n in range(self.stages):
-            self.load(n)
-
-    def load(self, n: Any) -> None:
-        slot = lax.rem(n, self.stages)
-        full, target = self.loaded(slot), self.s["values_s"].at[slot]
-
-        @pl.when(self.is_there(n))
-        def _():
+    def load(self, n: Array, tokens: Array | None, slot: Any) -> None:
+        @pl.when(n < self.loads)
+        def _() -> None:
             i, j = self.place(n)
-            columns = self.columns(j)
-            if "source" in self.refs:
-                self.gather(n, columns, target, full)
+            if tokens is not None:
+                gather(self.values_s, self.refs["values"], tokens, j)
 
-            def copies():
-                if "source" not in self.refs:
-                    plgpu.copy_gmem_to_smem(self.refs["values"].at[at_block(i), columns], target, full)
-                of_tiles = self.refs["scales"].at[pl.ds(j * self.sides, self.sides), at_block(i)]
-                plgpu.copy_gmem_to_smem(of_tiles, self.s["scales_s"].at[slot], full)
+            def copies() -> None:
+                for beside in range(self.sides if tokens is None else 0):
+                    tile = self.refs["values"].at[at_block(i), at_block(j + beside)]
+                    plgpu.copy_gmem_to_smem(tile, self.s["values_s"].at[beside], self.s["loaded"])
+                scales = self.refs["scales"].at[pl.ds(j, self.sides), at_block(i)]
+                plgpu.copy_gmem_to_smem(scales, self.s["scales_s"].at[slot], self.s["loaded"])
 
-            self.by_one_warp(1, copies)
+            pl.when(self.side == 0)(lambda: in_one_warp(1, copies))
 
-    def gather(self, n: Any, columns: Any, target: Any, full: Any) -> None:
-        """A copy for each row, by all warps. Those of a token that is none lie outside of the array, and TMA makes them zeros."""
-        plgpu.barrier_wait(self.s["source_known"])
-
-        @plgpu.warp_map
-        def _(warp):
-            own = [self.quarter * QUARTER + warp * (QUARTER // 4) + r for r in range(QUARTER // 4)]
-            tokens = [number_in(self.s["source_s"].at[lax.rem(n, self.stages + 1)], r) for r in own]
-            for token, r in zip(tokens, own, strict=True):
-                plgpu.copy_gmem_to_smem(self.refs["values"].at[token, columns], target.at[r], full)
-
-        self.by_one_warp(2, lambda: self.ask(n + 1))
-
-    def ask(self, n: Any) -> None:
-        """Which tokens the rows of a load are, one load ahead."""
-
-        @pl.when(self.is_there(n))
-        def _():
-            target = self.s["source_s"].at[lax.rem(n, self.stages + 1)]
-            plgpu.copy_gmem_to_smem(self.refs["source"].at[at_block(self.place(n)[0])], target, self.s["source_known"])
-
-    def store_before(self, t: Any) -> None:
-        """Stores what was made of the tile before t, which was not waited for at once, and rows that are kept, once they are loaded."""
-        pl.when(t > 0)(lambda: self.store(t - 1))
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the turned tile before that, and on the second side the kept rows
+    def wait(self, n: Array) -> None:
+        """For load n; rows that are kept are stored as they came."""
+        plgpu.barrier_wait(self.s["loaded"])
+        if "source" not in self.refs:
+            return
+        wait_for_rows()
+        fence()
+        meet()
         if "kept" in self.refs:
-            n, side = lax.div(t, self.sides), lax.rem(t, self.sides)
             i, j = self.place(n)
-            target = self.refs["kept"].at[at_block(i), self.columns(j)]
-            pl.when(side == 0)(lambda: plgpu.copy_smem_to_gmem(self.s["values_s"].at[lax.rem(n, self.stages)], target))
+            in_one_warp(2, lambda: plgpu.copy_smem_to_gmem(self.values_s, self.refs["kept"].at[at_block(i), at_block(j)]))
 
-    def store(self, t: Any) -> None:
-        plgpu.barrier_wait(self.s["made"])
-        i, j = self.place(lax.div(t, self.sides))
-        target = self.refs["values_t"].at[at_block(j * self.sides + lax.rem(t, self.sides)), at_block(i)]
-        plgpu.copy_smem_to_gmem(self.s["values_t_s"].at[lax.rem(t, 2)], target)
+    def store_scales(self, n: Array, scales: Array) -> None:
+        i, j = self.place(n)
 
-    def end(self) -> None:
-        def last() -> None:
-            pl.when(self.tiles > 0)(lambda: self.store(self.tiles - 1))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        @pl.when(j + self.side < self.column_blocks)
+        def _() -> None:
+            self.refs["scales_t"][i, at_block(j + self.side)] = scales
 
-        self.by_one_warp(0, last)
+    def store(self, n: Array) -> None:
+        i, j = self.place(n)
+        plgpu.barrier_wait(self.made)
+        plgpu.copy_smem_to_gmem(self.values_t_s, self.refs["values_t"].at[at_block(j + self.side), at_block(i)])

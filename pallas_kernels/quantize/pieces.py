@@ -10,20 +10,20 @@ memory if there are none left. Here addresses are one number, and constants that
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
-from jaxtyping import Array, Float32, Int32, Shaped
+from jaxlib.mlir.dialects import arith
+from jaxtyping import Array, Float32, Shaped
 
 from pallas_kernels.memory import in_tiles
+from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, place_in_warpgroup, times, word
 from pallas_kernels.registers import elements, together
 
-SWIZZLE, UNIT = 128, 16  # bytes of a row of a tile in shared memory, which units change places in
+SWIZZLE = 128  # bytes of a row of a tile in shared memory, in which units change places
 _LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
 _OF_PIECES = _LINE.reduce(1)
 # A lane has a row, a warp a piece of each: what is reduced over columns all warps have.
@@ -57,7 +57,7 @@ def load_pieces(ref: Any, dtype: Any) -> Shaped[Array, "128 32"]:
     @plgpu.inline_mgpu(arg_types=(_tiled(dtype),), return_type=_pieces(dtype))
     def pieces_loaded(_: Any, ref: Any) -> Any:
         start, units = _own_units(ref, dtype)
-        words = [word for i in range(units) for word in _load(start, i * UNIT)]
+        words = [w for i in range(units) for w in _load(start, i * UNIT)]
         return _of_words(words, dtype)
 
     return pieces_loaded(ref)
@@ -94,25 +94,13 @@ def store_columns(ref: Any, x: Shaped[Array, "128 rows"], number: Array) -> None
 
     @plgpu.inline_mgpu(arg_types=(_tiled(x.dtype), _LINE, plgpu.Layout.WG_SPLAT(())))
     def columns_stored(_: Any, ref: Any, x: Any, number: Any) -> None:
-        line = _and(utils.thread_idx(), 127)
-        unit = arith.xori(_times(number.registers.item(), units), _and(line, 7))
-        start, words = arith.addi(_start(ref), arith.addi(_times(line, SWIZZLE), _times(unit, UNIT))), _words(x)
+        line = masked(utils.thread_idx(), 127)
+        unit = arith.xori(times(number.registers.item(), units), masked(line, 7))
+        start, words = arith.addi(address(ref), arith.addi(times(line, SWIZZLE), times(unit, UNIT))), _words(x)
         for i in range(units):
             _store(words[4 * i : 4 * i + 4], start, i * UNIT)
 
     columns_stored(ref, x, number)
-
-
-def number_in(line: Any, at: Int32[Array, ""]) -> Int32[Array, ""]:
-    """An integer of a line in shared memory, in one warp, for which Pallas has no load."""
-    scalar = plgpu.Layout.WG_SPLAT(())
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), scalar), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=scalar))
-    def number_loaded(_: Any, line: Any, at: Any) -> Any:
-        address = arith.addi(_start(line), _times(at.registers.item(), 4))
-        return mgpu.FragmentedArray.splat(_asm("ld.shared.b32 $0, [$1];", 1, [address])[0], (), is_signed=True)
-
-    return number_loaded(line, at)
 
 
 def _tiled(dtype: Any) -> Any:
@@ -126,14 +114,13 @@ def _pieces(dtype: Any) -> Any:
 def _own_units(ref: Any, dtype: Any) -> tuple[Any, int]:
     """Where a thread's piece begins, and how many units it has: unit i is where the address has i * UNIT exclusive-ored."""
     size = np.dtype(dtype).itemsize
-    thread = utils.thread_idx()
-    row, warp = _and(thread, 31), _and(arith.shrui(thread, _i32(5)), 3)
-    in_eight, eight = _and(row, 7), arith.shrui(row, _i32(3))
+    row, warp = place_in_warpgroup()
+    in_eight, eight = masked(row, 7), arith.shrui(row, word(3))
     each = 4 // size  # pieces side by side in a row of the swizzle
-    tile = arith.addi(_times(eight, size), arith.divui(warp, _i32(each)))
-    unit = arith.xori(_times(arith.remui(warp, _i32(each)), 2 * size), in_eight)
-    offset = arith.addi(_times(tile, 8 * SWIZZLE), arith.addi(_times(in_eight, SWIZZLE), _times(unit, UNIT)))
-    return arith.addi(_start(ref), offset), 2 * size
+    tile = arith.addi(times(eight, size), arith.divui(warp, word(each)))
+    unit = arith.xori(times(arith.remui(warp, word(each)), 2 * size), in_eight)
+    offset = arith.addi(times(tile, 8 * SWIZZLE), arith.addi(times(in_eight, SWIZZLE), times(unit, UNIT)))
+    return arith.addi(address(ref), offset), 2 * size
 
 
 def _store_pieces(ref: Any, x: Any, dtype: Any) -> None:
@@ -145,32 +132,24 @@ def _store_pieces(ref: Any, x: Any, dtype: Any) -> None:
 def _columns(ref: Any) -> Any:
     """The columns of a warp's pieces. A lane names a unit of a row in each of four matrices, and gets a number of every row."""
     thread = utils.thread_idx()
-    row, unit, warp = _and(arith.shrui(thread, _i32(3)), 3), _and(thread, 7), _and(arith.shrui(thread, _i32(5)), 3)
-    offset = arith.addi(_times(row, SWIZZLE), _times(arith.xori(unit, row), UNIT))
-    start = arith.addi(_start(ref), arith.addi(_times(warp, 8 * SWIZZLE), offset))
+    row, unit, warp = masked(arith.shrui(thread, word(3)), 3), masked(thread, 7), masked(arith.shrui(thread, word(5)), 3)
+    offset = arith.addi(times(row, SWIZZLE), times(arith.xori(unit, row), UNIT))
+    start = arith.addi(address(ref), arith.addi(times(warp, 8 * SWIZZLE), offset))
     words: list[Any] = []
     for first in range(0, 32, 4):
         # Rows 4 to 7 of eight have their units where the address has 4 * UNIT exclusive-ored.
         flipped, plain = (4 * UNIT, 4 * SWIZZLE) if first % 8 else (0, 0)
-        at = arith.addi(arith.xori(start, _i32(flipped)), _i32(plain + first // 8 * 4 * 8 * SWIZZLE))
-        words += _asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", 4, [at])
+        at = arith.addi(arith.xori(start, word(flipped)), word(plain + first // 8 * 4 * 8 * SWIZZLE))
+        words += asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", 4, [at])
     return _of_words(words, np.float32)
 
 
 def _load(start: Any, flipped: int) -> list[Any]:
-    return _asm(f"{{ .reg .b32 at; xor.b32 at, $4, {flipped}; ld.shared.v4.b32 {{$0, $1, $2, $3}}, [at]; }}", 4, [start])
+    return asm(f"{{ .reg .b32 at; xor.b32 at, $4, {flipped}; ld.shared.v4.b32 {{$0, $1, $2, $3}}, [at]; }}", 4, [start])
 
 
 def _store(words: Sequence[Any], start: Any, flipped: int) -> None:
-    _asm(f"{{ .reg .b32 at; xor.b32 at, $0, {flipped}; st.shared.v4.b32 [at], {{$1, $2, $3, $4}}; }}", 0, [start, *words])
-
-
-def _asm(text: str, results: int, operands: Sequence[Any]) -> list[Any]:
-    i32 = ir.IntegerType.get_signless(32)
-    kind = llvm.StructType.get_literal([i32] * results) if results else ir.Type.parse("!llvm.void")
-    constraints = ",".join(["=r"] * results + ["r"] * len(operands) + ["~{memory}"])
-    out = llvm.inline_asm(kind, list(operands), text, constraints, has_side_effects=True)
-    return [llvm.extractvalue(i32, out, [i]) for i in range(results)]
+    asm(f"{{ .reg .b32 at; xor.b32 at, $0, {flipped}; st.shared.v4.b32 [at], {{$1, $2, $3, $4}}; }}", 0, [start, *words])
 
 
 def _of_words(words: Sequence[Any], dtype: Any) -> Any:
@@ -184,21 +163,5 @@ def _of_words(words: Sequence[Any], dtype: Any) -> Any:
 
 def _words(x: Any) -> list[Any]:
     i32 = ir.IntegerType.get_signless(32)
-    each = utils.bitwidth(x.mlir_dtype) // 8
-    return [word for r in x.registers.flat for word in elements(utils.bitcast(r, ir.VectorType.get((each,), i32)))]
-
-
-def _start(ref: Any) -> Any:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
-
-
-def _i32(value: int) -> Any:
-    return mgpu.c(value, ir.IntegerType.get_signless(32))
-
-
-def _and(x: Any, mask: int) -> Any:
-    return arith.andi(x, _i32(mask))
-
-
-def _times(x: Any, factor: int) -> Any:
-    return arith.muli(x, _i32(factor))
+    of_register = ir.VectorType.get((utils.bitwidth(x.mlir_dtype) // 8,), i32)
+    return [w for r in x.registers.flat for w in elements(utils.bitcast(r, of_register))]

@@ -74,12 +74,14 @@ def at_block(i: Any) -> Any:
 
 
 def tile_of(dtype: Any, *shape: int, width: int = BLOCK) -> Any:
-    """Shared memory for tiles of an array with rows of `width`.
+    """Shared memory for tiles of an array with rows of `width`."""
+    return tiled(*shape, swizzle=swizzle_of(dtype, shape[-1], width), dtype=dtype)
 
-    Mosaic cuts rows of the array in pieces of the swizzle, so that has to divide them: 128 bytes, or what is left.
-    """
+
+def swizzle_of(dtype: Any, columns: int, width: int) -> int:
+    """Of such tiles. Mosaic cuts rows of the array in pieces of it, so it has to divide them: 128 bytes, or what is left."""
     itemsize = jnp.dtype(dtype).itemsize
-    return tiled(*shape, swizzle=math.gcd(128, shape[-1] * itemsize, width * itemsize), dtype=dtype)
+    return math.gcd(128, columns * itemsize, width * itemsize)
 
 
 def load_all(copies: list[tuple[Any, Any]], loaded: Any) -> None:

@@ -1,6 +1,9 @@
 """What `pallas_kernels.quantize` does with shared memory in PTX, for the interpreter: arrays instead of each thread's registers."""
 
+import threading
+
 import jax.numpy as jnp
+import numpy as np
 
 ROWS, PIECES, COLUMNS = 32, 4, 128
 
@@ -42,8 +45,51 @@ def columns_stored(tile, x, number):
     return []
 
 
-def number_loaded(line, at):
-    return [line.read()[int(at)]]
+def tile_turned(tile):
+    return [tile.read().T]
 
 
-IN_MEMORY = {f.__name__: f for f in (pieces_loaded, pieces_stored, pieces_turned, columns_stored, number_loaded)}
+def turned_stored(tile, x, first):
+    tile.write(x, slice(16 * first, 16 * first + x.shape[1]))
+    return []
+
+
+def rows_gathered(tile, values, tokens, j):
+    """At once, where a GPU goes on meanwhile."""
+    rows, _ = values.content()
+    there = tokens < len(rows)
+    block = rows[np.where(there, tokens, 0), COLUMNS * int(j) : COLUMNS * (int(j) + 1)]
+    tile.write(np.where(there[:, None], block, np.zeros((), block.dtype)))
+    return []
+
+
+_taking = threading.Lock()
+
+
+def ticket_taken(tile):
+    """No race: it is one instruction."""
+    with _taking:
+        number, _ = tile.content()
+        tile.put(number + 1)
+    return [np.int32(number[0])]
+
+
+def ticket_published(tile, ticket):
+    tile.write(ticket.reshape(1))
+    return []
+
+
+IN_MEMORY = {
+    f.__name__: f
+    for f in (
+        pieces_loaded,
+        pieces_stored,
+        pieces_turned,
+        columns_stored,
+        tile_turned,
+        turned_stored,
+        rows_gathered,
+        ticket_taken,
+        ticket_published,
+    )
+}

@@ -126,7 +126,7 @@ def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arg
 # made when they are issued, as the interpreter makes all of them.
 def _inline(self, eqn, token, get_values):
     name = eqn.params["mgpu_fn"].__name__
-    if name == "warpgroup_barrier":  # a warpgroup is one thread here
+    if name in ("warpgroup_barrier", "rows_are_there"):  # a warpgroup is one thread here, and rows come at once
         return token, []
     if name in _ELEMENTWISE:
         return token, [_ELEMENTWISE[name](*get_values())]
@@ -144,12 +144,19 @@ def _inline(self, eqn, token, get_values):
     makes = _with_scales if name == "product_and_scales" else _product_of_memory
     if name in pieces.IN_MEMORY:
         makes, arguments["operands"] = functools.partial(_of_tile, name=name), values[refs:number]
+        if name == "turned_stored":
+            arguments["operands"].append(jnp.int32(_known(eqn)["first"]))
     run = functools.partial(makes, source_info=eqn.source_info)
     out = (gpu_callbacks.TOKEN_SHAPE_DTYPE, *(x.aval for x in eqn.outvars))
     token, *made = callback.io_callback(run, out, **arguments)
-    if name == "product" and inspect.getclosurevars(inspect.unwrap(eqn.params["mgpu_fn"])).nonlocals["ends_reads"]:
+    if name == "product" and _known(eqn)["ends_reads"]:
         token = _fence(self, eqn, token)
     return token, made
+
+
+def _known(eqn):
+    """What the function took from around it."""
+    return inspect.getclosurevars(inspect.unwrap(eqn.params["mgpu_fn"])).nonlocals
 
 
 def _fence(self, eqn, token):
@@ -173,6 +180,7 @@ _ELEMENTWISE = {
     "approximate_reciprocal": lambda x: 1 / x,
     "larger_magnitude": _larger_magnitude,
     "other_name": pieces.other_name,
+    "same": lambda x, _: x,
     "product_of_normals": product_of_normals,
     "pairs_to_float32": lambda x: x.astype(jnp.float32),
     "words_side_by_side": lambda *words: jax.lax.bitcast_convert_type(jnp.stack(words, 1), jnp.bfloat16).reshape(words[0].size, -1),
@@ -195,8 +203,7 @@ def _with_scales(*, token, **arguments):
 @gpu_callbacks.fail_on_exception
 def _of_tile(*, token, name, operands, **arguments):
     """What is in a tile, or is put there."""
-    (tile,) = _tiles(**arguments)
-    return token, *pieces.IN_MEMORY[name](tile, *map(np.array, operands))
+    return token, *pieces.IN_MEMORY[name](*_tiles(**arguments), *map(np.array, operands))
 
 
 class _Tile:
@@ -217,8 +224,12 @@ class _Tile:
 
     def write(self, x, columns=None):
         access = self.access if columns is None else dataclasses.replace(self.access, range=(*self.access.range[:-1], columns))
-        _, _, clock = self.memory.store_buffer_content(self.key, access, x, self.where.thread, logging_info=self.where)
+        clock = self.put(x, access)
         self._check(gpu_callbacks.get_races().check_write, clock, access)
+
+    def put(self, x, access=None):
+        """Without that check."""
+        return self.memory.store_buffer_content(self.key, access or self.access, x, self.where.thread, logging_info=self.where)[2]
 
     def _check(self, check, clock, access):
         if self.memory.detect_races:

@@ -22,8 +22,7 @@ class TestReference(QuantizeCases):
 class TestInterpreted(QuantizeCases):
     """The kernels as written, on a simulated GPU that reports races between threads and copies.
 
-    It has few multiprocessors, so that memory of each is used again: four tiles of `swiglu_backward`, 20 of `retile`, 12 of
-    `gather_and_retile`.
+    It has few multiprocessors, so that memory of each is used again, and the counter of tiles asked.
     """
 
     fused = False

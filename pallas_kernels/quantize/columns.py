@@ -1,0 +1,134 @@
+"""A tile of 128x128 by columns: a warp has 32 of them, four lanes share four, in runs of four rows.
+
+`ldmatrix` turns what is 16 bits wide as it loads: a register of it is two rows of a column of float16, or of two columns of E4M3.
+`stmatrix` stores four rows of E4M3 of a lane as a part of a turned row.
+"""
+
+from typing import Any
+
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
+from jaxtyping import Array, Int32, Shaped
+
+from pallas_kernels.memory import in_tiles
+from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, place_in_warpgroup, times, word
+from pallas_kernels.registers import elements, together
+
+TILE = 128
+RUN = 16  # rows that four lanes have of a column side by side
+TURNED = 128  # the swizzle of turned tiles
+_PAIRS = plgpu.Layout.TILED(Tiling(((TILE, RUN), (32, RUN), (16, RUN), (2, 4))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1)
+_SINGLE = plgpu.Layout.TILED(Tiling(((TILE, RUN), (32, RUN), (8, RUN), (4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def by_columns(dtype: Any) -> Any:
+    """The layout of [columns, rows] that were loaded from a tile of this type."""
+    return _PAIRS if np.dtype(dtype).itemsize == 1 else _SINGLE
+
+
+def load_turned(ref: Any, dtype: Any, swizzle: int) -> Shaped[Array, "128 128"]:
+    """A tile [rows, columns] as [columns, rows]."""
+    size, layout = np.dtype(dtype).itemsize, by_columns(dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(in_tiles(swizzle, dtype)),), return_type=plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=layout)
+    )
+    def tile_turned(_: Any, ref: Any) -> Any:
+        start = arith.addi(address(ref), _own_row(size, swizzle))
+        loads = [_load_matrices(start, 2 * UNIT * side, run * RUN * TILE * size) for run in range(TILE // RUN) for side in range(size)]
+        pairs = [pair for words in loads for pair in (words[:2], words[2:])]
+        runs = [run for pair in pairs for run in (_of_two_columns(*pair) if size == 1 else [together(pair)])]
+        return _array(runs, dtype, layout)
+
+    return tile_turned(ref)
+
+
+def store_turned(ref: Any, x: Shaped[Array, "128 rows"], first: int, dtype: Any) -> None:
+    """[columns, rows] in E4M3, loaded in `dtype`, as a part of a turned tile: from its `first` run of rows on."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(in_tiles(TURNED, x.dtype)), by_columns(dtype)))
+    def turned_stored(_: Any, ref: Any, x: Any) -> None:
+        start, words = arith.addi(address(ref), _own_line(np.dtype(dtype).itemsize)), _words(x)
+        for run in range(len(words) // 4):
+            at = f"{{ .reg .b32 at; xor.b32 at, $0, {(first + run) * UNIT};"
+            asm(f"{at} stmatrix.sync.aligned.m8n8.x4.shared.b16 [at], {{$1, $2, $3, $4}}; }}", 0, [start, *words[4 * run : 4 * run + 4]])
+
+    turned_stored(ref, x)
+
+
+def again(x: Shaped[Array, "128 rows"], zero: Int32[Array, ""], dtype: Any) -> Shaped[Array, "128 rows"]:
+    """x, loaded in `dtype`, and compilers do not know that it is, so that what was computed of it is computed once more and not kept.
+
+    `zero`: in a way that they do not see through (`memory.here`).
+    """
+    layout = by_columns(dtype)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.Layout.WG_SPLAT(())), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
+    def same(_: Any, x: Any, zero: Any) -> Any:
+        words, each = [arith.xori(w, zero.registers.item()) for w in _words(x)], np.dtype(dtype).itemsize
+        return _array([together(words[i : i + each]) for i in range(0, len(words), each)], dtype, layout)
+
+    return same(x, zero)
+
+
+def _own_row(size: int, swizzle: int) -> Any:
+    """Where a lane's row of the first matrices is in a tile: two of rows, beside each other two of columns.
+
+    A lane gets pairs of rows of two matrices, which are to be four rows of a run. Of E4M3, half of the lanes get the upper pair first, so
+    that the rows of a matrix lie in different banks.
+    """
+    lane, warp = place_in_warpgroup()
+    matrix, line = arith.shrui(lane, word(3)), masked(lane, 7)
+    pair = masked(matrix, 1)
+    if size == 1:
+        pair = arith.xori(pair, arith.shrui(line, word(2)))
+    row = arith.addi(arith.addi(times(arith.shrui(line, word(1)), 4), times(pair, 2)), masked(line, 1))
+    at = arith.addi(times(warp, 32 * size), times(arith.shrui(matrix, word(1)), UNIT))  # bytes
+    tile = arith.addi(times(arith.shrui(row, word(3)), TILE * size // swizzle), arith.divui(at, word(swizzle)))
+    plain = arith.addi(arith.addi(times(tile, 8 * swizzle), times(masked(row, 7), swizzle)), masked(at, swizzle - 1))
+    return arith.xori(plain, times(masked(arith.shrui(plain, word(7)), swizzle // UNIT - 1), UNIT))
+
+
+def _own_line(size: int) -> Any:
+    """Where a lane's row of the first matrices is in a turned tile: the columns that a lane has are four matrices."""
+    lane, warp = place_in_warpgroup()
+    matrix, line = arith.shrui(lane, word(3)), masked(lane, 7)
+    if size == 1:
+        column = arith.addi(arith.addi(times(arith.shrui(matrix, word(1)), 16), times(line, 2)), masked(matrix, 1))
+    else:
+        column = arith.addi(times(matrix, 8), line)
+    at = times(arith.addi(times(warp, 32), column), TURNED)
+    return arith.addi(at, times(masked(column, 7), UNIT))
+
+
+def _load_matrices(start: Any, flipped: int, plus: int) -> list[Any]:
+    load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}"
+    return asm(f"{{ .reg .b32 at; xor.b32 at, $4, {flipped}; {load}, [at+{plus}]; }}", 4, [start])
+
+
+def _of_two_columns(a: Any, b: Any) -> list[Any]:
+    """A run of each of two columns, of two pairs of rows of both. The upper pair comes first to half of the lanes."""
+    lane, _ = place_in_warpgroup()
+    upper_first = arith.cmpi(arith.CmpIPredicate.ne, masked(lane, 2), word(0))
+    bytes_of = ((0x6420, 0x2064), (0x7531, 0x3175))
+    return [asm("prmt.b32 $0, $1, $2, $3;", 1, [a, b, arith.select(upper_first, word(u), word(n))])[0] for n, u in bytes_of]
+
+
+def _words(x: Any) -> list[Any]:
+    i32 = ir.IntegerType.get_signless(32)
+    each = 4 * utils.bitwidth(x.mlir_dtype) // 32
+    return [w for r in x.registers.flat for w in elements(utils.bitcast(r, ir.VectorType.get((each,), i32)))]
+
+
+def _array(runs: list[Any], dtype: Any, layout: Any) -> Any:
+    """Of runs of four rows, in registers."""
+    layout = layout.to_mgpu()
+    shape = layout.registers_shape((TILE, len(runs) // 4 * RUN))
+    registers = np.empty(shape, dtype=object)
+    registers.flat = [utils.bitcast(r, ir.VectorType.get((4,), utils.dtype_to_ir_type(np.dtype(dtype)))) for r in runs]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
