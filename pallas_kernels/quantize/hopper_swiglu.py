@@ -26,6 +26,7 @@ from pallas_kernels.quantize.arithmetic import (
 from pallas_kernels.quantize.instructions import fence, meet, reciprocal, widened
 from pallas_kernels.quantize.pieces import load_of_rows, load_pieces, of_rows, store_columns, store_pieces, turn
 from pallas_kernels.quantize.reference import BLOCK, E4M3, swiglu_operands
+from pallas_kernels.quantize.tickets import counter, publish, take
 from pallas_kernels.quantize.tiles import (
     FEW_ROWS,
     LINE,
@@ -141,14 +142,14 @@ def swiglu_backward(
             hidden_s=tile_of(E4M3, QUARTERS, 2, QUARTER, BLOCK),
             hidden_scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
             d_act_s=tile_of(d_act.dtype, QUARTERS, QUARTER, BLOCK),
-            gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
+            gates_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),  # and their gradients
             of_pieces_s=plgpu.SMEM((QUARTERS, 4, BLOCK), jnp.uint32),
             turn_s=tile_of(jnp.float32, QUARTERS, QUARTER, BLOCK),
             largest_s=plgpu.SMEM((3, QUARTERS, BLOCK), jnp.uint32),
             values_s=tile_of(E4M3, QUARTERS, 2, QUARTER, BLOCK),
             scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
-            d_gates_s=plgpu.SMEM((QUARTERS, QUARTER), jnp.float32),
             values_t_s=tile_of(E4M3, 3, BLOCK, BLOCK),
+            next_s=plgpu.SMEM((1,), jnp.int32),
             loaded=plgpu.Barrier(num_arrivals=2 + len(inputs), num_barriers=QUARTERS),
             largest_known=plgpu.Barrier(num_arrivals=QUARTERS, num_barriers=3),
             made=plgpu.Barrier(num_arrivals=QUARTERS),
@@ -157,24 +158,24 @@ def swiglu_backward(
         num_threads=QUARTERS,
         thread_name="quarter",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-    )(*inputs)
+    )(*inputs, counter())
     turned = values_t, whole_columns(scales_t, 2 * f), act_values_t, whole_columns(act_scales_t, f)
     return values[:rows], scales, *turned, None if gates is None else d_gates.sum(0)[:rows]
 
 
-def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **s):
-    """Four warpgroups with 32 rows of a tile QUARTERS, which share the largest of their columns and its turned tiles; then the next tile.
+def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
+    """Four warpgroups with 32 rows of a tile each, which share the largest of their columns and its turned tiles; then the next tile.
 
     The next rows come in while the last are worked on. A warpgroup meets once a tile, for the largest of its rows; what else warps
-    wait for has been said some work before, by barriers that let those who say it go on.
+    wait for has been said some work before, by barriers that let those who say it go on. The counter is asked for the tile after the next.
     """
-    *gates, values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = refs
+    *gates, tickets, values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = refs
     blocks, quarter, first, step = d_gates.shape[0], lax.axis_index("quarter"), lax.axis_index("sm"), lax.axis_size("sm")
     tiles = values_t.shape[1] // BLOCK * blocks
     by_loader, by_storer = (functools.partial(in_one_warp, w) for w in (quarter, lax.rem(quarter + 2, QUARTERS)))
 
     def own(zero):
-        return {name: ref if name in _SHARED else ref.at[quarter + zero] for name, ref in s.items()}
+        return {name: ref if name in _SHARED else ref.at[quarter + zero] for name, ref in shared.items()}
 
     def place(tile):
         i, j = lax.div(tile, blocks), lax.rem(tile, blocks)
@@ -188,7 +189,7 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **s):
 
     def load(tile, s):
         _, sides, rows = place(tile)
-        copies = [(d_act.at[rows, at_block(sides[0])], s["d_act_s"])] + [(g.at[rows], s["gates_s"]) for g in gates]
+        copies = [(d_act.at[rows, at_block(sides[0])], s["d_act_s"])] + [(g.at[rows], s["gates_s"].at[0]) for g in gates]
         for side, j in enumerate(sides):
             copies += [(hidden.at[rows, at_block(j)], s["hidden_s"].at[side]), (hidden_scales.at[j, rows], s["hidden_scales_s"].at[side])]
         for source, target in copies:
@@ -196,7 +197,7 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **s):
 
     def store(tile, s):
         _, sides, rows = place(tile)
-        copies = [(s["d_gates_s"], d_gates.at[sides[0], rows])]
+        copies = [(s["gates_s"].at[1], d_gates.at[sides[0], rows])]
         for side, j in enumerate(sides):
             copies += [(s["values_s"].at[side], values.at[rows, at_block(j)]), (s["scales_s"].at[side], scales.at[j, rows])]
         plgpu.barrier_wait(s["made"])
@@ -205,8 +206,10 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **s):
             pl.when(quarter == slot)(functools.partial(start_all, [(s["values_t_s"].at[slot], target)]))
         plgpu.commit_smem_to_gmem_group()
 
-    def run(n, _):
-        tile, s = first + n * step, own(here(n))
+    def run(carry):
+        n, tile, following = carry
+        s = own(here(n))
+        ticket = lax.cond(quarter == 0, lambda: take(tickets), lambda: jnp.int32(0))
         plgpu.barrier_wait(s["loaded"])
         inputs = _backward_inputs(bool(gates), s)
         fence()
@@ -215,27 +218,30 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **s):
             s["of_pieces_s"][kind] = keys
         by_storer(stored)
         meet()
-        by_loader(lambda: pl.when(tile + step < tiles)(lambda: load(tile + step, s)))
+        by_loader(lambda: pl.when(following < tiles)(lambda: load(following, s)))
+        pl.when(quarter == 0)(lambda: publish(s["next_s"], ticket))
         kept = _quantize_rows_of(tensors, factor, [power for power, _ in of_tensors], s)
         _quantize_turned((lambda: tensors[0], lambda: tensors[1], lambda: opened(*kept)), of_tensors, quarter, turned(tile), s)
+        after_that = 2 * step + s["next_s"][0]
         fence()
         plgpu.barrier_arrive(s["made"])
         by_storer(lambda: store(tile, s))
+        return n + 1, following, after_that
 
     stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
     by_loader(lambda: load(first, own(0)))
-    lax.fori_loop(0, lax.div(tiles - first + step - 1, step), run, None)
+    lax.while_loop(lambda carry: carry[1] < tiles, run, (jnp.int32(0), first, first + step))
     by_storer(stored)
 
 
-_SHARED = ("largest_s", "largest_known", "values_t_s", "made")  # of all warpgroups; each has its part of the rest
+_SHARED = ("next_s", "largest_s", "largest_known", "values_t_s", "made")  # of all warpgroups; each has its part of the rest
 
 
 def _backward_inputs(gated: bool, s: dict) -> tuple[list[Array], list[Array], Array, Array | None]:
     """Values of gate and up, their scales, the gradient of the activation, and `gates`."""
     hidden = [load_pieces(s["hidden_s"].at[side], E4M3) for side in (0, 1)]
     scales = [load_of_rows(s["hidden_scales_s"].at[side]) for side in (0, 1)]
-    return hidden, scales, load_pieces(s["d_act_s"], jnp.bfloat16), load_of_rows(s["gates_s"]) if gated else None
+    return hidden, scales, load_pieces(s["d_act_s"], jnp.bfloat16), load_of_rows(s["gates_s"].at[0]) if gated else None
 
 
 # In units of it, gate and up (and in units of its square the activation) are what `exp2` takes: no product turns gate into that.
@@ -268,7 +274,7 @@ def _gradients_of(gate: Array, up: Array, d_act: Array, factor: Array) -> tuple[
 def _quantize_rows_of(tensors: tuple, factor: Array, powers: list, s: dict) -> tuple[Array, Array]:
     """1x128 tiles of both gradients, stored, and those of the activation. All pieces of a row have said what is largest in them."""
     *keys, d_gates = ([load_of_rows(s["of_pieces_s"].at[kind, pl.ds(32 * w, 32)]) for w in range(4)] for kind in range(4))
-    s["d_gates_s"][...] = of_rows(functools.reduce(jnp.add, map(as_float, d_gates)))
+    s["gates_s"][1] = of_rows(functools.reduce(jnp.add, map(as_float, d_gates)))
     largest = [largest_of(functools.reduce(jnp.maximum, of_pieces)) for of_pieces in keys]
     for side in (0, 1):
         values, scale = quantize_known(tensors[side], LINE(4), largest[side], powers[side])
