@@ -7,17 +7,13 @@
 from typing import Any
 
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Int32, Shaped
 
 from pallas_kernels.memory import in_tiles
-from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, place_in_warpgroup, times, word
-from pallas_kernels.registers import elements, together
+from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, of_words, place_in_warpgroup, times, word, words_of
 
 TILE = 128
 RUN = 16  # rows that four lanes have of a column side by side
@@ -41,9 +37,8 @@ def load_turned(ref: Any, dtype: Any, swizzle: int) -> Shaped[Array, "128 128"]:
     def tile_turned(_: Any, ref: Any) -> Any:
         start = arith.addi(address(ref), _own_row(size, swizzle))
         loads = [_load_matrices(start, 2 * UNIT * side, run * RUN * TILE * size) for run in range(TILE // RUN) for side in range(size)]
-        pairs = [pair for words in loads for pair in (words[:2], words[2:])]
-        runs = [run for pair in pairs for run in (_of_two_columns(*pair) if size == 1 else [together(pair)])]
-        return _array(runs, dtype, layout)
+        words = [w for load in loads for w in (_of_columns(load) if size == 1 else load)]
+        return of_words(words, dtype, layout, (TILE, TILE))
 
     return tile_turned(ref)
 
@@ -53,7 +48,7 @@ def store_turned(ref: Any, x: Shaped[Array, "128 rows"], first: int, dtype: Any)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(in_tiles(TURNED, x.dtype)), by_columns(dtype)))
     def turned_stored(_: Any, ref: Any, x: Any) -> None:
-        start, words = arith.addi(address(ref), _own_line(np.dtype(dtype).itemsize)), _words(x)
+        start, words = arith.addi(address(ref), _own_line(np.dtype(dtype).itemsize)), words_of(x)
         for run in range(len(words) // 4):
             at = f"{{ .reg .b32 at; xor.b32 at, $0, {(first + run) * UNIT};"
             asm(f"{at} stmatrix.sync.aligned.m8n8.x4.shared.b16 [at], {{$1, $2, $3, $4}}; }}", 0, [start, *words[4 * run : 4 * run + 4]])
@@ -70,17 +65,16 @@ def again(x: Shaped[Array, "128 rows"], zero: Int32[Array, ""], dtype: Any) -> S
 
     @plgpu.inline_mgpu(arg_types=(layout, plgpu.Layout.WG_SPLAT(())), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
     def same(_: Any, x: Any, zero: Any) -> Any:
-        words, each = [arith.xori(w, zero.registers.item()) for w in _words(x)], np.dtype(dtype).itemsize
-        return _array([together(words[i : i + each]) for i in range(0, len(words), each)], dtype, layout)
+        return of_words([arith.xori(w, zero.registers.item()) for w in words_of(x)], dtype, layout, (TILE, x.shape[1]))
 
     return same(x, zero)
 
 
 def _own_row(size: int, swizzle: int) -> Any:
-    """Where a lane's row of the first matrices is in a tile: two of rows, beside each other two of columns.
+    """Where the row is in a tile that a lane names for the first four matrices: two below each other, and two beside those.
 
-    A lane gets pairs of rows of two matrices, which are to be four rows of a run. Of E4M3, half of the lanes get the upper pair first, so
-    that the rows of a matrix lie in different banks.
+    Matrices below each other bring a lane two rows each, four in all. Of E4M3, half of the lanes get the upper two first, so that the
+    rows of a matrix lie in different banks.
     """
     lane, warp = place_in_warpgroup()
     matrix, line = arith.shrui(lane, word(3)), masked(lane, 7)
@@ -95,7 +89,7 @@ def _own_row(size: int, swizzle: int) -> Any:
 
 
 def _own_line(size: int) -> Any:
-    """Where a lane's row of the first matrices is in a turned tile: the columns that a lane has are four matrices."""
+    """Where the row is in a turned tile that a lane names for the first four matrices, one for each column that a lane has."""
     lane, warp = place_in_warpgroup()
     matrix, line = arith.shrui(lane, word(3)), masked(lane, 7)
     if size == 1:
@@ -111,24 +105,9 @@ def _load_matrices(start: Any, flipped: int, plus: int) -> list[Any]:
     return asm(f"{{ .reg .b32 at; xor.b32 at, $4, {flipped}; {load}, [at+{plus}]; }}", 4, [start])
 
 
-def _of_two_columns(a: Any, b: Any) -> list[Any]:
-    """A run of each of two columns, of two pairs of rows of both. The upper pair comes first to half of the lanes."""
+def _of_columns(words: list[Any]) -> list[Any]:
+    """Runs of four rows of four columns, of pairs of rows of two columns at a time. The upper pair comes first to half of the lanes."""
     lane, _ = place_in_warpgroup()
     upper_first = arith.cmpi(arith.CmpIPredicate.ne, masked(lane, 2), word(0))
-    bytes_of = ((0x6420, 0x2064), (0x7531, 0x3175))
-    return [asm("prmt.b32 $0, $1, $2, $3;", 1, [a, b, arith.select(upper_first, word(u), word(n))])[0] for n, u in bytes_of]
-
-
-def _words(x: Any) -> list[Any]:
-    i32 = ir.IntegerType.get_signless(32)
-    each = 4 * utils.bitwidth(x.mlir_dtype) // 32
-    return [w for r in x.registers.flat for w in elements(utils.bitcast(r, ir.VectorType.get((each,), i32)))]
-
-
-def _array(runs: list[Any], dtype: Any, layout: Any) -> Any:
-    """Of runs of four rows, in registers."""
-    layout = layout.to_mgpu()
-    shape = layout.registers_shape((TILE, len(runs) // 4 * RUN))
-    registers = np.empty(shape, dtype=object)
-    registers.flat = [utils.bitcast(r, ir.VectorType.get((4,), utils.dtype_to_ir_type(np.dtype(dtype)))) for r in runs]
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    orders = [arith.select(upper_first, word(upper), word(lower)) for lower, upper in ((0x6420, 0x2064), (0x7531, 0x3175))]
+    return [asm("prmt.b32 $0, $1, $2, $3;", 1, [*pair, order])[0] for pair in (words[:2], words[2:]) for order in orders]

@@ -5,7 +5,6 @@ TMA copies a row at a time too, but takes some 14 cycles for each, whatever its 
 
 from typing import Any
 
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -38,7 +37,7 @@ def gather(target: Any, values: Any, tokens: Int32[Array, "128"], j: Int32[Array
             there = arith.cmpi(arith.CmpIPredicate.ult, token, word(count))
             # No bytes are read where there is no row, which makes zeros; the address has to be one all the same.
             size, row_of = arith.select(there, word(UNIT), word(0)), arith.select(there, token, word(0))
-            source = arith.addi(start, arith.muli(arith.extui(i64, row_of), _long(columns)))
+            source = arith.addi(start, arith.muli(arith.extui(i64, row_of), word(columns, 64)))
             asm(f"cp.async.cg.shared.global [$0+{n * 16 * TILE}], [$1], {UNIT}, $2;", 0, [to, source, size])
 
     rows_gathered(target, values, tokens, j)
@@ -52,7 +51,3 @@ def wait_for_rows() -> None:
         asm("cp.async.wait_all;", 0, [])
 
     rows_are_there()
-
-
-def _long(value: int) -> Any:
-    return mgpu.c(value, ir.IntegerType.get_signless(64))

@@ -105,13 +105,16 @@ def _turned(
     return [values_t, whole_columns(scales_t, k), *kept]
 
 
+_stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
+
+
 def _body(*refs, names, power_of_two, operand, **scratch):
     """Teams take loads of tiles, as the counter gives them, and turn one while the next comes."""
     team = _Team(dict(zip(names, refs, strict=True)), scratch)
     team.load(team.first, team.tokens(team.first), 0)
     carry = jnp.int32(0), team.first, team.first + team.step
     lax.while_loop(lambda carry: carry[1] < team.loads, lambda carry: _turn(team, *carry, power_of_two, operand), carry)
-    in_one_warp(2, stored)
+    in_one_warp(2, _stored)
 
 
 def _turn(team, t, n, following, power_of_two, operand):
@@ -136,7 +139,7 @@ def _turn(team, t, n, following, power_of_two, operand):
 
     keys = [unsigned(larger(run(r), run(r + 1), layout)) for r in range(0, BLOCK // RUN, 2)]
     team.largest_s[...] = jnp.max(functools.reduce(jnp.maximum, keys), axis=1)
-    in_one_warp(2, stored)
+    in_one_warp(2, _stored)
     pl.when(team.side == 0)(lambda: publish(next_s, ticket))
     fence()
     plgpu.barrier_arrive(s["read"])
@@ -158,9 +161,6 @@ def _turn(team, t, n, following, power_of_two, operand):
     plgpu.barrier_arrive(team.made)
     in_one_warp(2, lambda: team.store(n))
     return t + 1, following, 2 * team.step + next_s[0]
-
-
-stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
 
 
 class _Team:

@@ -15,13 +15,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float32, Shaped
 
 from pallas_kernels.memory import in_tiles
-from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, place_in_warpgroup, times, word
-from pallas_kernels.registers import elements, together
+from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, of_words, place_in_warpgroup, times, word, words_of
 
 SWIZZLE = 128  # bytes of a row of a tile in shared memory, in which units change places
 _LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
@@ -58,7 +56,7 @@ def load_pieces(ref: Any, dtype: Any) -> Shaped[Array, "128 32"]:
     def pieces_loaded(_: Any, ref: Any) -> Any:
         start, units = _own_units(ref, dtype)
         words = [w for i in range(units) for w in _load(start, i * UNIT)]
-        return _of_words(words, dtype)
+        return of_words(words, dtype, _LINE, (128, 32))
 
     return pieces_loaded(ref)
 
@@ -96,7 +94,7 @@ def store_columns(ref: Any, x: Shaped[Array, "128 rows"], number: Array) -> None
     def columns_stored(_: Any, ref: Any, x: Any, number: Any) -> None:
         line = masked(utils.thread_idx(), 127)
         unit = arith.xori(times(number.registers.item(), units), masked(line, 7))
-        start, words = arith.addi(address(ref), arith.addi(times(line, SWIZZLE), times(unit, UNIT))), _words(x)
+        start, words = arith.addi(address(ref), arith.addi(times(line, SWIZZLE), times(unit, UNIT))), words_of(x)
         for i in range(units):
             _store(words[4 * i : 4 * i + 4], start, i * UNIT)
 
@@ -124,7 +122,7 @@ def _own_units(ref: Any, dtype: Any) -> tuple[Any, int]:
 
 
 def _store_pieces(ref: Any, x: Any, dtype: Any) -> None:
-    (start, units), words = _own_units(ref, dtype), _words(x)
+    (start, units), words = _own_units(ref, dtype), words_of(x)
     for i in range(units):
         _store(words[4 * i : 4 * i + 4], start, i * UNIT)
 
@@ -141,7 +139,7 @@ def _columns(ref: Any) -> Any:
         flipped, plain = (4 * UNIT, 4 * SWIZZLE) if first % 8 else (0, 0)
         at = arith.addi(arith.xori(start, word(flipped)), word(plain + first // 8 * 4 * 8 * SWIZZLE))
         words += asm("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", 4, [at])
-    return _of_words(words, np.float32)
+    return of_words(words, np.float32, _LINE, (128, 32))
 
 
 def _load(start: Any, flipped: int) -> list[Any]:
@@ -150,18 +148,3 @@ def _load(start: Any, flipped: int) -> list[Any]:
 
 def _store(words: Sequence[Any], start: Any, flipped: int) -> None:
     asm(f"{{ .reg .b32 at; xor.b32 at, $0, {flipped}; st.shared.v4.b32 [at], {{$1, $2, $3, $4}}; }}", 0, [start, *words])
-
-
-def _of_words(words: Sequence[Any], dtype: Any) -> Any:
-    """Pieces in registers, of their 32-bit words."""
-    layout, element = _LINE.to_mgpu(), utils.dtype_to_ir_type(np.dtype(dtype))
-    registers, each = np.empty(layout.registers_shape((128, 32)), dtype=object), np.dtype(dtype).itemsize
-    vector = ir.VectorType.get((4,), element)
-    registers.flat = [utils.bitcast(together(words[i : i + each]), vector) for i in range(0, len(words), each)]
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _words(x: Any) -> list[Any]:
-    i32 = ir.IntegerType.get_signless(32)
-    of_register = ir.VectorType.get((utils.bitwidth(x.mlir_dtype) // 8,), i32)
-    return [w for r in x.registers.flat for w in elements(utils.bitcast(r, of_register))]
