@@ -1,8 +1,8 @@
-"""The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once by TMA, and every output of it is stored by TMA.
+"""The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once, and every output of it is stored by TMA.
 
 A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128, `quantize_and_keep` of 32x128) and ends; several blocks
 share a multiprocessor, so that one loads while another computes. A block of `swiglu_backward` or `retile` fills a multiprocessor,
-and loops over tiles.
+and loops over tiles, which a counter hands out.
 """
 
 import dataclasses
