@@ -55,12 +55,21 @@ def turned_stored(tile, x, first):
 
 
 def rows_gathered(tile, values, tokens, j):
-    """At once, where a GPU goes on meanwhile."""
+    """Something else, until `rows_are_there`."""
     rows, _ = values.content()
     there = tokens < len(rows)
     block = rows[np.where(there, tokens, 0), COLUMNS * int(j) : COLUMNS * (int(j) + 1)]
-    tile.write(np.where(there[:, None], block, np.zeros((), block.dtype)))
+    tile.write(np.ones_like(block))
+    _coming.setdefault(tile.owner, []).append((tile, np.where(there[:, None], block, np.zeros((), block.dtype))))
     return []
+
+
+_coming = {}  # tiles and their rows, of each thread
+
+
+def rows_are_there(owner):
+    for tile, rows in _coming.pop(owner, []):
+        tile.write(rows)
 
 
 _taking = threading.Lock()

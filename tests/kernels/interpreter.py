@@ -126,12 +126,14 @@ def _product_of_registers(a, *, token, mesh_location, thread, source_info, **arg
 # made when they are issued, as the interpreter makes all of them.
 def _inline(self, eqn, token, get_values):
     name = eqn.params["mgpu_fn"].__name__
-    if name in ("warpgroup_barrier", "rows_are_there"):  # a warpgroup is one thread here, and rows come at once
+    if name == "warpgroup_barrier":  # a warpgroup is one thread here
         return token, []
     if name in _ELEMENTWISE:
         return token, [_ELEMENTWISE[name](*get_values())]
     if name == "fence_of_copies":
         return _fence(self, eqn, token), []
+    if name == "rows_are_there":
+        return callback.io_callback(_rows_are_there, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, thread=self.thread), []
     if name == "shared_address":
         return token, [jnp.int32(0)]
     if name == "finished":
@@ -206,11 +208,21 @@ def _of_tile(*, token, name, operands, **arguments):
     return token, *pieces.IN_MEMORY[name](*_tiles(**arguments), *map(np.array, operands))
 
 
+@gpu_callbacks.fail_on_exception
+def _rows_are_there(*, token, thread):
+    pieces.rows_are_there(_owner(thread))
+    return token
+
+
+def _owner(thread):
+    return tuple(map(int, jax.tree.leaves(thread)))
+
+
 class _Tile:
     """A buffer, or a part of it, that a thread reads and writes; both are checked for races, as the interpreter's own are."""
 
     def __init__(self, memory, key, access, where):
-        self.memory, self.key, self.access, self.where = memory, key, access, where
+        self.memory, self.key, self.access, self.where, self.owner = memory, key, access, where, _owner(where.thread)
 
     def content(self):
         """As tensor cores read it, which the interpreter does not check for races; and the clock of the reading."""
