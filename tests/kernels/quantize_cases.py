@@ -82,7 +82,7 @@ class QuantizeCases:
     rows, columns = 128 * len(KINDS) + 2, 160
     experts, kernel = 2, (608, 160)
     hidden = (130, 512)
-    gathered = (200, 384, 512)  # tokens, rows of experts, columns
+    gathered = (200, 384, 640)  # tokens, rows of experts, columns
     fused = True  # multiply-adds round once
 
     def run(self, name, *arguments):
