@@ -20,7 +20,6 @@ from pallas_kernels.gemm import gemm, wgrad
 from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
 from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import (
-    GATHERED,
     gather_and_retile,
     quantize_and_keep,
     quantize_blocks,
@@ -165,7 +164,7 @@ def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple
 
 def _turned(tokens: Kept, rows: Rows, power_of_two: bool, keep: bool, operand: Operand) -> tuple[Kept | None, list[Array]]:
     """Columns of the rows of experts, and these rows themselves, if they are needed."""
-    if tokens.values.shape[1] % GATHERED:
+    if tokens.values.shape[1] % BLOCK:  # which the kernel for gathered rows does not take
         arranged = _arranged(tokens, rows)
         return arranged if keep else None, [*retile(*arranged, power_of_two, operand, _IMPL)]
     scales = _scales_of(tokens, rows)

@@ -19,7 +19,6 @@ from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import reference
 
 BLOCK = reference.BLOCK
-GATHERED = reference.GATHERED
 ScalesT = Float32[Array, "mb _"] | BFloat16[Array, "mb _ 64"]  # of columns, or parts of them where an operand is named
 
 

@@ -13,13 +13,12 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Int32, Shaped
 
 from pallas_kernels.memory import in_tiles
-from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, of_words, place_in_warpgroup, times, word, words_of
+from pallas_kernels.quantize.ptx import SWIZZLE, UNIT, address, asm, masked, of_words, place_in_warpgroup, times, word, words_of
+from pallas_kernels.quantize.reference import BLOCK
 
-TILE = 128
 RUN = 16  # rows that four lanes have of a column side by side
-TURNED = 128  # the swizzle of turned tiles
-_PAIRS = plgpu.Layout.TILED(Tiling(((TILE, RUN), (32, RUN), (16, RUN), (2, 4))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1)
-_SINGLE = plgpu.Layout.TILED(Tiling(((TILE, RUN), (32, RUN), (8, RUN), (4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
+_PAIRS = plgpu.Layout.TILED(Tiling(((BLOCK, RUN), (32, RUN), (16, RUN), (2, 4))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1)
+_SINGLE = plgpu.Layout.TILED(Tiling(((BLOCK, RUN), (32, RUN), (8, RUN), (4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def by_columns(dtype: Any) -> Any:
@@ -32,13 +31,13 @@ def load_turned(ref: Any, dtype: Any, swizzle: int) -> Shaped[Array, "128 128"]:
     size, layout = np.dtype(dtype).itemsize, by_columns(dtype)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(in_tiles(swizzle, dtype)),), return_type=plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=layout)
+        arg_types=(plgpu.RefType(in_tiles(swizzle, dtype)),), return_type=plgpu.ShapeDtypeStruct((BLOCK, BLOCK), dtype, layout=layout)
     )
     def tile_turned(_: Any, ref: Any) -> Any:
         start = arith.addi(address(ref), _own_row(size, swizzle))
-        loads = [_load_matrices(start, 2 * UNIT * side, run * RUN * TILE * size) for run in range(TILE // RUN) for side in range(size)]
+        loads = [_load_matrices(start, 2 * UNIT * side, run * RUN * BLOCK * size) for run in range(BLOCK // RUN) for side in range(size)]
         words = [w for load in loads for w in (_of_columns(load) if size == 1 else load)]
-        return of_words(words, dtype, layout, (TILE, TILE))
+        return of_words(words, dtype, layout, (BLOCK, BLOCK))
 
     return tile_turned(ref)
 
@@ -46,7 +45,7 @@ def load_turned(ref: Any, dtype: Any, swizzle: int) -> Shaped[Array, "128 128"]:
 def store_turned(ref: Any, x: Shaped[Array, "128 rows"], first: int, dtype: Any) -> None:
     """[columns, rows] in E4M3, loaded in `dtype`, as a part of a turned tile: from its `first` run of rows on."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(in_tiles(TURNED, x.dtype)), by_columns(dtype)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(in_tiles(SWIZZLE, x.dtype)), by_columns(dtype)))
     def turned_stored(_: Any, ref: Any, x: Any) -> None:
         start, words = arith.addi(address(ref), _own_line(np.dtype(dtype).itemsize)), words_of(x)
         for run in range(len(words) // 4):
@@ -65,7 +64,7 @@ def again(x: Shaped[Array, "128 rows"], zero: Int32[Array, ""], dtype: Any) -> S
 
     @plgpu.inline_mgpu(arg_types=(layout, plgpu.Layout.WG_SPLAT(())), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
     def same(_: Any, x: Any, zero: Any) -> Any:
-        return of_words([arith.xori(w, zero.registers.item()) for w in words_of(x)], dtype, layout, (TILE, x.shape[1]))
+        return of_words([arith.xori(w, zero.registers.item()) for w in words_of(x)], dtype, layout, (BLOCK, x.shape[1]))
 
     return same(x, zero)
 
@@ -83,7 +82,7 @@ def _own_row(size: int, swizzle: int) -> Any:
         pair = arith.xori(pair, arith.shrui(line, word(2)))
     row = arith.addi(arith.addi(times(arith.shrui(line, word(1)), 4), times(pair, 2)), masked(line, 1))
     at = arith.addi(times(warp, 32 * size), times(arith.shrui(matrix, word(1)), UNIT))  # bytes
-    tile = arith.addi(times(arith.shrui(row, word(3)), TILE * size // swizzle), arith.divui(at, word(swizzle)))
+    tile = arith.addi(times(arith.shrui(row, word(3)), BLOCK * size // swizzle), arith.divui(at, word(swizzle)))
     plain = arith.addi(arith.addi(times(tile, 8 * swizzle), times(masked(row, 7), swizzle)), masked(at, swizzle - 1))
     return arith.xori(plain, times(masked(arith.shrui(plain, word(7)), swizzle // UNIT - 1), UNIT))
 
@@ -96,7 +95,7 @@ def _own_line(size: int) -> Any:
         column = arith.addi(arith.addi(times(arith.shrui(matrix, word(1)), 16), times(line, 2)), masked(matrix, 1))
     else:
         column = arith.addi(times(matrix, 8), line)
-    at = times(arith.addi(times(warp, 32), column), TURNED)
+    at = times(arith.addi(times(warp, 32), column), SWIZZLE)
     return arith.addi(at, times(masked(column, 7), UNIT))
 
 

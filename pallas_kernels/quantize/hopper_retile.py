@@ -15,7 +15,7 @@ from pallas_kernels.quantize.arithmetic import LONG, WIDE, are_ordinary, largest
 from pallas_kernels.quantize.columns import RUN, again, by_columns, load_turned, store_turned
 from pallas_kernels.quantize.gathered import OF_ROWS, gather, wait_for_rows
 from pallas_kernels.quantize.instructions import fence, larger, meet
-from pallas_kernels.quantize.reference import BLOCK, E4M3, GATHERED, tile_scale
+from pallas_kernels.quantize.reference import BLOCK, E4M3, tile_scale
 from pallas_kernels.quantize.tickets import counter, publish, take
 from pallas_kernels.quantize.tiles import (
     EACH_WARP,
@@ -29,6 +29,7 @@ from pallas_kernels.quantize.tiles import (
     once,
     swizzle_of,
     tile_of,
+    wait_for_stores,
     whole_columns,
 )
 
@@ -62,8 +63,8 @@ def gather_and_retile(
     interpret: Any = None,
 ) -> tuple[Array | None, Array, Array]:
     """See `pallas_kernels.quantize.gather_and_retile`."""
-    if values.shape[1] % GATHERED:
-        raise NotImplementedError(f"values: rows of {values.shape[1]}: gathered {GATHERED} columns at once; gather first, then retile")
+    if values.shape[1] % BLOCK:
+        raise NotImplementedError(f"values: rows of {values.shape[1]}: gathered {BLOCK} columns at once; gather first, then retile")
     inputs = dict(values=values, scales=scales, source=source)
     values_t, scales_t, *kept = _turned(inputs, 1, power_of_two, keep, operand, sm_count, interpret)
     return kept[0] if keep else None, values_t, scales_t
@@ -105,16 +106,13 @@ def _turned(
     return [values_t, whole_columns(scales_t, k), *kept]
 
 
-_stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
-
-
 def _body(*refs, names, power_of_two, operand, **scratch):
     """Teams take loads of tiles, as the counter gives them, and turn one while the next comes."""
     team = _Team(dict(zip(names, refs, strict=True)), scratch)
     team.load(team.first, team.tokens(team.first), 0)
     carry = jnp.int32(0), team.first, team.first + team.step
     lax.while_loop(lambda carry: carry[1] < team.loads, lambda carry: _turn(team, *carry, power_of_two, operand), carry)
-    in_one_warp(2, _stored)
+    in_one_warp(2, wait_for_stores)
 
 
 def _turn(team, t, n, following, power_of_two, operand):
@@ -124,7 +122,7 @@ def _turn(team, t, n, following, power_of_two, operand):
     """
     s, slot, layout = team.s, lax.rem(t, 2), by_columns(team.dtype)
     next_s, of_rows = s["next_s"].at[slot], s["scales_s"].at[slot, team.side]
-    ticket = lax.cond(team.side == 0, lambda: take(team.refs["tickets"]), lambda: jnp.int32(0))
+    ticket = take(team.refs["tickets"], team.side == 0)
     tokens = team.tokens(following)
     team.wait(n)
     tile = load_turned(team.values_s, team.dtype, team.swizzle)
@@ -139,8 +137,8 @@ def _turn(team, t, n, following, power_of_two, operand):
 
     keys = [unsigned(larger(run(r), run(r + 1), layout)) for r in range(0, BLOCK // RUN, 2)]
     team.largest_s[...] = jnp.max(functools.reduce(jnp.maximum, keys), axis=1)
-    in_one_warp(2, _stored)
-    pl.when(team.side == 0)(lambda: publish(next_s, ticket))
+    in_one_warp(2, wait_for_stores)
+    publish(next_s, ticket, team.side == 0)
     fence()
     plgpu.barrier_arrive(s["read"])
     plgpu.barrier_wait(s["read"])
@@ -199,9 +197,10 @@ class _Team:
                 gather(self.values_s, self.refs["values"], tokens, j)
 
             def copies() -> None:
-                for beside in range(self.sides if tokens is None else 0):
-                    tile = self.refs["values"].at[at_block(i), at_block(j + beside)]
-                    plgpu.copy_gmem_to_smem(tile, self.s["values_s"].at[beside], self.s["loaded"])
+                if tokens is None:
+                    for beside in range(self.sides):
+                        tile = self.refs["values"].at[at_block(i), at_block(j + beside)]
+                        plgpu.copy_gmem_to_smem(tile, self.s["values_s"].at[beside], self.s["loaded"])
                 scales = self.refs["scales"].at[pl.ds(j, self.sides), at_block(i)]
                 plgpu.copy_gmem_to_smem(scales, self.s["scales_s"].at[slot], self.s["loaded"])
 

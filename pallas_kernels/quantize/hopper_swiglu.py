@@ -45,6 +45,7 @@ from pallas_kernels.quantize.tiles import (
     start_all,
     store_all,
     tile_of,
+    wait_for_stores,
     whole_columns,
 )
 
@@ -209,17 +210,17 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
     def run(carry):
         n, tile, following = carry
         s = own(here(n))
-        ticket = lax.cond(quarter == 0, lambda: take(tickets), lambda: jnp.int32(0))
+        ticket = take(tickets, quarter == 0)
         plgpu.barrier_wait(s["loaded"])
         inputs = _backward_inputs(bool(gates), s)
         fence()
         tensors, factor, d_gates_part = _gradients(*inputs)
         for kind, keys in enumerate([*(keys_of(x, LINE(4)) for x in tensors), unsigned(d_gates_part)]):
             s["of_pieces_s"][kind] = keys
-        by_storer(stored)
+        by_storer(wait_for_stores)
         meet()
         by_loader(lambda: pl.when(following < tiles)(lambda: load(following, s)))
-        pl.when(quarter == 0)(lambda: publish(s["next_s"], ticket))
+        publish(s["next_s"], ticket, quarter == 0)
         kept = _quantize_rows_of(tensors, factor, [power for power, _ in of_tensors], s)
         _quantize_turned((lambda: tensors[0], lambda: tensors[1], lambda: opened(*kept)), of_tensors, quarter, turned(tile), s)
         after_that = 2 * step + s["next_s"][0]
@@ -228,10 +229,9 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
         by_storer(lambda: store(tile, s))
         return n + 1, following, after_that
 
-    stored = functools.partial(plgpu.wait_smem_to_gmem, 0, wait_read_only=True)
     by_loader(lambda: load(first, own(0)))
     lax.while_loop(lambda carry: carry[1] < tiles, run, (jnp.int32(0), first, first + step))
-    by_storer(stored)
+    by_storer(wait_for_stores)
 
 
 _SHARED = ("next_s", "largest_s", "largest_known", "values_t_s", "made")  # of all warpgroups; each has its part of the rest

@@ -19,9 +19,8 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Float32, Shaped
 
 from pallas_kernels.memory import in_tiles
-from pallas_kernels.quantize.ptx import UNIT, address, asm, masked, of_words, place_in_warpgroup, times, word, words_of
+from pallas_kernels.quantize.ptx import SWIZZLE, UNIT, address, asm, masked, of_words, place_in_warpgroup, times, word, words_of
 
-SWIZZLE = 128  # bytes of a row of a tile in shared memory, in which units change places
 _LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE(4)
 _OF_PIECES = _LINE.reduce(1)
 # A lane has a row, a warp a piece of each: what is reduced over columns all warps have.
@@ -129,8 +128,8 @@ def _store_pieces(ref: Any, x: Any, dtype: Any) -> None:
 
 def _columns(ref: Any) -> Any:
     """The columns of a warp's pieces. A lane names a unit of a row in each of four matrices, and gets a number of every row."""
-    thread = utils.thread_idx()
-    row, unit, warp = masked(arith.shrui(thread, word(3)), 3), masked(thread, 7), masked(arith.shrui(thread, word(5)), 3)
+    lane, warp = place_in_warpgroup()
+    row, unit = arith.shrui(lane, word(3)), masked(lane, 7)
     offset = arith.addi(times(row, SWIZZLE), times(arith.xori(unit, row), UNIT))
     start = arith.addi(address(ref), arith.addi(times(warp, 8 * SWIZZLE), offset))
     words: list[Any] = []

@@ -12,6 +12,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels.registers import elements, together
 
 UNIT = 16  # bytes that a thread loads or stores at once, and that a swizzle moves
+SWIZZLE = 128  # bytes of a row of a tile in shared memory, in which units change places
 
 
 def asm(text: str, results: int, operands: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.parts import Operand, in_parts
 
 BLOCK = 128
-GATHERED = BLOCK  # columns of a row that the kernel for gathered rows copies at once: it takes multiples of them
 SMALLEST_NORMAL = 2.0**-126
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0

@@ -99,7 +99,12 @@ def store_all(copies: list[tuple[Any, Any]]) -> None:
     plgpu.commit_smem()
     start_all(copies)
     plgpu.commit_smem_to_gmem_group()
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory has to live until it is read
+    wait_for_stores()
+
+
+def wait_for_stores() -> None:
+    """Until the stores that a warp has started have read their shared memory: it has to live, and keep what it holds, so long."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def launch(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: tuple = ("row", "column"), **kwargs: Any) -> Callable:
