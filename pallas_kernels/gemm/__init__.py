@@ -1,7 +1,7 @@
 """Products of FP8 operands with fine-grained scales (V3 sec. 3.3.2): Fprop and Dgrad, and Wgrad.
 
 Operands are E4M3 with the contraction last, as `pallas_kernels.quantize` returns them: a and its scales from
-`quantize_rows` (or the transposed tiles of `quantize_both`, for Wgrad), b from `quantize_blocks`. `impl` is
+`quantize_rows`, b from `quantize_blocks`; for Wgrad both are tiles of 128x1, each 128 tokens by themselves. `impl` is
 "reference", "pallas" (Hopper) or "auto" (the kernel where there is a Hopper GPU). Any m; n in multiples of 16, or
 `NotImplementedError`; operands whose k is no multiple of 128 are padded, which copies them.
 """
@@ -33,18 +33,18 @@ def gemm(
 
 
 def wgrad(
-    a: Float[Array, "m k"],
+    a: Float[Array, "kb m 128"],
     a_scales: Float32[Array, "kb m"] | BFloat16[Array, "kb _ 64"],
-    b: Float[Array, "n k"],
+    b: Float[Array, "kb n 128"],
     b_scales: Float32[Array, "kb n"] | BFloat16[Array, "kb _ 64"],
     addend: Float32[Array, "m n"] | None = None,
     impl: str = "auto",
 ) -> Float32[Array, "m n"]:
-    """`a @ b.T` (plus `addend`) in float32, both in 1x128 tiles along k, which are the tokens: a = x^T, b = dy^T.
+    """The sum of all `a[i] @ b[i].T` (plus `addend`) in float32: x^T dy, of tiles of 128 tokens that have a scale for each column.
 
     Scales may come as parts, which quantizers make for an `operand`.
     """
-    check_operands(a, b)
+    check_turned(a, b)
     if not use_pallas(impl):
         return reference.wgrad(a, a_scales, b, b_scales, addend)
     operands = a, a_scales, b, b_scales, None
@@ -105,11 +105,22 @@ def _whole_lines[T: (Array, Array | None)](scales: T, block: int) -> T:
 
 def check_operands(a: Array, b: Array) -> None:
     """Raises ValueError unless both are FP8 and agree on the contraction."""
+    _check_types(a, b)
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"a and b: shapes {a.shape} and {b.shape}: the last axes, the contraction, have to be equal")
+
+
+def check_turned(a: Array, b: Array) -> None:
+    """Raises ValueError unless both are FP8 tiles of as many tokens, as Wgrad takes them."""
+    _check_types(a, b)
+    if a.ndim != 3 or b.ndim != 3 or (a.shape[0], a.shape[2]) != (b.shape[0], GROUP) or b.shape[2] != GROUP:
+        raise ValueError(f"a and b: shapes {a.shape} and {b.shape}: have to be [tokens / {GROUP}, columns, {GROUP}], of as many tokens")
+
+
+def _check_types(a: Array, b: Array) -> None:
     for name, x in (("a", a), ("b", b)):
         if x.dtype.itemsize != 1:
             raise ValueError(f"{name}: dtype {x.dtype}: has to be FP8; quantize it with pallas_kernels.quantize")
-    if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"a and b: shapes {a.shape} and {b.shape}: the last axes, the contraction, have to be equal")
 
 
 def check_columns(b: Array) -> None:

@@ -2,7 +2,7 @@
 
     out[m, n] = sum over groups g of 128 along k of  a_scale[g, m] * b_scale[g, n] * (A[m, g] . B[n, g])
 
-Both operands are row-major with the contraction last ("K-major"), as 8-bit wgmma demands. Per K step of 128, tensor
+Both operands have the contraction last ("K-major"), as 8-bit wgmma demands. Per K step of 128, tensor
 cores sum into fresh registers; these are then scaled and added to float32 sums in registers of the CUDA cores
 ("promotion", V3 sec. 3.3.2, figure 7b). One producer warpgroup keeps TMA copies in flight over `stages` slots of
 shared memory, one or more consumer warpgroups multiply, and every SM walks over output tiles (persistent kernel).
@@ -48,11 +48,11 @@ def multiply(
     none         a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [n / 128, steps]
     rows         a [m, k]     a_scales [steps, m]     b [e, n, k]  b_scales [e, n / 128, steps]
     masked       a [e, m, k]  a_scales [e, steps, m]  b [e, n, k]  b_scales the same
-    contraction  a [m, k]     a_scales [steps, m]     b [n, k]     b_scales [steps, n]
+    contraction  a [steps, m, 128]  a_scales [steps, m / 8, 64]  b [steps, n, 128]  b_scales [steps, n / 8, 64]
     pieces       the same; every group has as many steps
 
-    Steps of b_scales with blocks come in whole fours. Scales of single rows on both sides, as in the last two and in Wgrad
-    without groups, come `in_parts`: [steps, m / 8, 64] and [steps, n / 8, 64].
+    Steps of b_scales with blocks come in whole fours. Operands of the last two, and of Wgrad without groups, have what a step
+    multiplies in one piece of memory, and scales of single rows on both sides, `in_parts`.
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
     use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
     operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. The product is added to `addend`, of

@@ -43,6 +43,11 @@ class Kernel:
         return {"a": both, "b": both or self.product.weights_lie}
 
     @property
+    def by_steps(self) -> bool:
+        """Whether what a step multiplies lies together, [steps, rows, 128]: tokens of Wgrad in FP8."""
+        return self.product.scales == "row"
+
+    @property
     def m(self) -> int:
         return self.a_shape[-1 if self.turned["a"] else -2]
 
@@ -56,7 +61,7 @@ class Kernel:
 
     @property
     def k_steps(self) -> int:
-        return pl.cdiv(self.a_shape[0 if self.turned["a"] else -1], self.block_k)
+        return self.a_shape[0] if self.by_steps else pl.cdiv(self.a_shape[0 if self.turned["a"] else -1], self.block_k)
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -81,6 +86,8 @@ class Kernel:
 
     def window(self, operand: str, start: jax.Array, size: int, k: jax.Array) -> tuple[Any, Any]:
         """One K step of `size` rows (columns, if those come last) of an operand."""
+        if self.by_steps:
+            return k, pl.ds(start, size)
         at = pl.ds(start, size), pl.ds(k * self.block_k, self.block_k)
         return at[::-1] if self.turned[operand] else at
 

@@ -18,8 +18,13 @@ def gemm(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array) -
 
 def wgrad(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array, addend: jax.Array | None = None) -> jax.Array:
     """See `pallas_kernels.gemm.wgrad`."""
-    product = scaled_product(a, whole(a_scales, "left"), b, whole(b_scales, "right"))
+    product = scaled_product(side_by_side(a), whole(a_scales, "left"), side_by_side(b), whole(b_scales, "right"))
     return product if addend is None else addend + product
+
+
+def side_by_side(x: jax.Array) -> jax.Array:
+    """Tiles of 128 tokens [k / 128, m, 128], with all tokens of a column in a row [m, k]."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
 def scaled_product(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def _written_out(config: TuningConfig, steps: int) -> TuningConfig:
 
 def pieces(a_shape: tuple[int, ...], b_shape: tuple[int, ...], sm_count: int) -> int:
     """In how many equal pieces of k Wgrad is multiplied, whose results are then added: several where whole tiles fill few waves."""
-    product, steps = Product("row", "pieces"), -(-a_shape[1] // GROUP)
+    product, steps = Product("row", "pieces"), a_shape[0]
 
     def time(number: int) -> int:
         m, n, k = sizes(product, a_shape, b_shape, number)
@@ -102,11 +102,11 @@ def candidates(product: Product) -> tuple[Candidate, ...]:
 
 def sizes(product: Product, a_shape: tuple[int, ...], b_shape: tuple[int, ...], n_groups: int) -> tuple[int, int, int]:
     """m, n and k of one group, taking contractions as evenly spread."""
-    if product.groups not in ("contraction", "pieces"):
-        return a_shape[-2], b_shape[-1 if product.weights_lie else -2], a_shape[-1]
-    if product.scales == "none":
+    if product.scales == "row":
+        return a_shape[1], b_shape[1], a_shape[0] * GROUP // n_groups
+    if product.groups == "contraction":
         return a_shape[-1], b_shape[-1], a_shape[0] // n_groups
-    return a_shape[0], b_shape[0], a_shape[1] // n_groups
+    return a_shape[-2], b_shape[-1 if product.weights_lie else -2], a_shape[-1]
 
 
 def modelled_time(candidate: Candidate, m: int, n: int, k: int, sm_count: int, groups: int = 1) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from pallas_kernels.backend import use_pallas
-from pallas_kernels.gemm import check_operands
+from pallas_kernels.gemm import check_operands, check_turned
 from pallas_kernels.grouped_gemm import hopper, reference
 
 TILE = reference.TILE
@@ -34,9 +34,9 @@ def grouped_gemm(
 
 
 def grouped_wgrad(
-    a: Float[Array, "m t"],
+    a: Float[Array, "tb m 128"],
     a_scales: Float32[Array, "tb m"] | BFloat16[Array, "tb _ 64"],
-    b: Float[Array, "n t"],
+    b: Float[Array, "tb n 128"],
     b_scales: Float32[Array, "tb n"] | BFloat16[Array, "tb _ 64"],
     first_tile: Int32[Array, " e_plus_1"],
     addend: Float32[Array, "e m n"] | None = None,
@@ -46,7 +46,7 @@ def grouped_wgrad(
 
     Scales may come as parts, which quantizers make for an `operand`.
     """
-    check_operands(a, b)
+    check_turned(a, b)
     if not use_pallas(impl):
         return reference.grouped_wgrad(a, a_scales, b, b_scales, first_tile, addend)
     return hopper.grouped_wgrad(a, a_scales, b, b_scales, first_tile, addend)

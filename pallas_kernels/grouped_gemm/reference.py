@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gemm.reference import exact, gemm, scaled_product
+from pallas_kernels.gemm.reference import exact, gemm, scaled_product, side_by_side
 from pallas_kernels.parts import whole
 
 TILE = 128
@@ -30,12 +30,11 @@ def grouped_wgrad(
     def expert(total: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
         mine = (jnp.arange(tiles) >= first) & (jnp.arange(tiles) < end)
         # A tile of another expert may hold anything: it must not come in, not even times zero.
-        values = jnp.where(jnp.repeat(mine, TILE)[: a.shape[1]], a, 0)
-        others = jnp.where(jnp.repeat(mine, TILE)[: b.shape[1]], b, 0)
-        one = jnp.where(mine[:, None], a_scales, 1), jnp.where(mine[:, None], b_scales, 1)
-        return total + scaled_product(values.astype(a.dtype), one[0], others.astype(b.dtype), one[1])
+        left, right = (side_by_side(jnp.where(mine[:, None, None], x, 0).astype(x.dtype)) for x in (a, b))
+        of_left, of_right = (jnp.where(mine[:, None], x, 1) for x in (a_scales, b_scales))
+        return total + scaled_product(left, of_left, right, of_right)
 
-    shape = (first_tile.size - 1, a.shape[0], b.shape[0])
+    shape = (first_tile.size - 1, a.shape[1], b.shape[1])
     totals = jnp.zeros(shape, jnp.float32) if addend is None else addend
     return jax.lax.map(lambda args: expert(*args), (totals, first_tile[:-1], first_tile[1:]))
 

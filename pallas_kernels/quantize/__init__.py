@@ -2,7 +2,8 @@
 
 Layouts, with mp = m rounded up to a multiple of 128 and kb = ceil(k / 128):
 a tile of 1x128 has its scale in `scales[kb, mp]`, rows last, so that a product loads the scales of its rows as one line;
-a tile of 128x1 has its values transposed, in `values_t[k, mp]`, and its scale in `scales_t[mp / 128, k]`. Scales of rows
+a tile of 128x1 is a row of `values_t[mp / 128, k, 128]`, and has its scale in `scales_t[mp / 128, k]`: each 128 rows are
+transposed by themselves, so that turned tiles of 128x128 are written, and read by Wgrad, as one piece of memory. Scales of rows
 that do not exist are 1, their values 0. A product is `values * scale`. Where Wgrad will take the transposed tiles as its
 left or right `operand`, their scales come in the parts that its kernel multiplies (`pallas_kernels.parts`). Every operation takes
 `impl`: "reference" (plain JAX), "pallas" (the kernel for Hopper GPUs), or "auto" (the kernel where there is a Hopper GPU).
@@ -44,7 +45,7 @@ def quantize_and_keep(
 
 def quantize_both(
     x: Float[Array, "m k"], power_of_two: bool = False, operand: str | None = None, impl: str = "auto"
-) -> tuple[Float[Array, "m k"], Float32[Array, "kb mp"], Float[Array, "k mp"], ScalesT]:
+) -> tuple[Float[Array, "m k"], Float32[Array, "kb mp"], Float[Array, "mb k 128"], ScalesT]:
     """`quantize_rows`, and for Wgrad the values of 128x1 tiles, transposed, and their scales; x is read once."""
     _check_dtype("x", x, ("bfloat16", "float32"))
     _check_rows("x", x)
@@ -85,9 +86,9 @@ def swiglu_backward(
 ) -> tuple[
     Float[Array, "m two_f"],
     Float32[Array, "hb mp"],
-    Float[Array, "two_f mp"],
+    Float[Array, "mb two_f 128"],
     ScalesT,
-    Float[Array, "f mp"],
+    Float[Array, "mb f 128"],
     ScalesT,
     Float32[Array, " m"] | None,
 ]:
@@ -117,7 +118,7 @@ def retile(
     power_of_two: bool = False,
     operand: str | None = None,
     impl: str = "auto",
-) -> tuple[Float[Array, "k mp"], ScalesT]:
+) -> tuple[Float[Array, "mb k 128"], ScalesT]:
     """1x128 tiles, of E4M3 or of E5M6 kept in 16 bits, to E4M3 of 128x1 tiles, transposed: dequantize, quantize (V3 sec. 3.3.2)."""
     _check_dtype("values", values, ("float8_e4m3fn", "bfloat16", "float16"))
     _check_rows("values", values)
@@ -134,7 +135,7 @@ def gather_and_retile(
     keep: bool = False,
     operand: str | None = None,
     impl: str = "auto",
-) -> tuple[Float[Array, "m k"] | None, Float[Array, "k m"], ScalesT]:
+) -> tuple[Float[Array, "m k"] | None, Float[Array, "mb k 128"], ScalesT]:
     """`retile` of rows of tokens: row r is `values[source[r]]`, or zeros where that is n. Returns these rows first, with `keep`, or None.
 
     `scales` are those of the rows; m is a multiple of 128, as rows of experts are.

@@ -175,7 +175,7 @@ def quantize_both(x: Array, power_of_two: bool, operand: Operand | None = None, 
         functools.partial(_both_body, power_of_two=power_of_two, operand=operand),
         "quantize_both",
         grid=(mp // BLOCK, blocks),
-        out=dict(values=((m, k), E4M3), scales=((blocks, mp), jnp.float32), values_t=((k, mp), E4M3), scales_t=of_scales_t),
+        out=dict(values=((m, k), E4M3), scales=((blocks, mp), jnp.float32), values_t=((mp // BLOCK, k, BLOCK), E4M3), scales_t=of_scales_t),
         scratch=dict(
             x_s=tile_of(x.dtype, BLOCK, BLOCK, width=k),
             values_s=tile_of(E4M3, BLOCK, BLOCK, width=k),
@@ -201,7 +201,7 @@ def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s
         [
             (values_s, values.at[at_block(i), at_block(j)]),
             (scales_s, scales.at[j, at_block(i)]),
-            (values_t_s, values_t.at[at_block(j), at_block(i)]),
+            (values_t_s, values_t.at[i, at_block(j)]),
             (scales_t_s, scales_t.at[i, at_block(j)]),
         ]
     )

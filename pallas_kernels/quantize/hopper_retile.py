@@ -36,7 +36,6 @@ from pallas_kernels.quantize.tiles import (
 Array = jax.Array
 
 WARPGROUPS = 4
-ROW = 256  # bytes of a row that a team of warpgroups loads: of E4M3 two tiles side by side, which come faster than one by one
 
 
 @once
@@ -46,8 +45,7 @@ def retile(
     """See `pallas_kernels.quantize.retile`."""
     values = whole_rows(values)
     check_width("values", values.shape[1])
-    sides = ROW // (BLOCK * values.dtype.itemsize)
-    values_t, scales_t = _turned(dict(values=values, scales=scales), sides, power_of_two, False, operand, sm_count, interpret)
+    values_t, scales_t = _turned(dict(values=values, scales=scales), power_of_two, False, operand, sm_count, interpret)
     return values_t, scales_t
 
 
@@ -66,36 +64,34 @@ def gather_and_retile(
     if values.shape[1] % BLOCK:
         raise NotImplementedError(f"values: rows of {values.shape[1]}: gathered {BLOCK} columns at once; gather first, then retile")
     inputs = dict(values=values, scales=scales, source=source)
-    values_t, scales_t, *kept = _turned(inputs, 1, power_of_two, keep, operand, sm_count, interpret)
+    values_t, scales_t, *kept = _turned(inputs, power_of_two, keep, operand, sm_count, interpret)
     return kept[0] if keep else None, values_t, scales_t
 
 
 def _turned(
-    inputs: dict[str, Array], sides: int, power_of_two: bool, keep: bool, operand: Operand | None, sm_count: int, interpret: Any
+    inputs: dict[str, Array], power_of_two: bool, keep: bool, operand: Operand | None, sm_count: int, interpret: Any
 ) -> list[Array]:
     """Values of columns, their scales, and gathered rows if they are kept."""
     values, gathers = inputs["values"], "source" in inputs
     k, rows = values.shape[1], inputs["scales"].shape[1]
-    teams = WARPGROUPS // sides
-    of_team = teams, sides, BLOCK
+    of_each = WARPGROUPS, BLOCK
     inputs = inputs | dict(tickets=counter())
-    out: dict = dict(values_t=((k, rows), E4M3), scales_t=of_columns(k, rows // BLOCK, operand))
+    out: dict = dict(values_t=((rows // BLOCK, k, BLOCK), E4M3), scales_t=of_columns(k, rows // BLOCK, operand))
     out |= dict(kept=((rows, k), values.dtype)) if keep else {}
     values_t, scales_t, *kept = launch(
         functools.partial(_body, names=(*inputs, *out), power_of_two=power_of_two, operand=operand),
         "gather_and_retile" if gathers else "retile",
-        grid=(min(sm_count, pl.cdiv(rows // BLOCK * pl.cdiv(k, sides * BLOCK), teams)),),
+        grid=(min(sm_count, pl.cdiv(rows // BLOCK * pl.cdiv(k, BLOCK), WARPGROUPS)),),
         grid_names=("sm",),
         out=out,
         scratch=dict(
-            values_s=tile_of(values.dtype, *of_team, BLOCK, width=k),
-            scales_s=plgpu.SMEM((teams, 2, sides, BLOCK), jnp.float32),
-            largest_s=plgpu.SMEM(of_team, jnp.uint32),
-            scales_t_s=plgpu.SMEM(of_team, jnp.float32),
-            values_t_s=tile_of(E4M3, *of_team, BLOCK),
-            next_s=plgpu.SMEM((teams, 2, 1), jnp.int32),
-            loaded=plgpu.Barrier(num_arrivals=1 if gathers else 1 + sides, num_barriers=teams),
-            read=plgpu.Barrier(num_arrivals=sides, num_barriers=teams),
+            values_s=tile_of(values.dtype, *of_each, BLOCK, width=k),
+            scales_s=plgpu.SMEM((WARPGROUPS, 2, BLOCK), jnp.float32),
+            largest_s=plgpu.SMEM(of_each, jnp.uint32),
+            scales_t_s=plgpu.SMEM(of_each, jnp.float32),
+            values_t_s=tile_of(E4M3, *of_each, BLOCK),
+            next_s=plgpu.SMEM((WARPGROUPS, 2, 1), jnp.int32),
+            loaded=plgpu.Barrier(num_arrivals=1 if gathers else 2, num_barriers=WARPGROUPS),
             made=plgpu.Barrier(num_barriers=WARPGROUPS),
         ),
         interpret=interpret,
@@ -107,107 +103,101 @@ def _turned(
 
 
 def _body(*refs, names, power_of_two, operand, **scratch):
-    """Teams take loads of tiles, as the counter gives them, and turn one while the next comes."""
-    team = _Team(dict(zip(names, refs, strict=True)), scratch)
-    team.load(team.first, team.tokens(team.first), 0)
-    carry = jnp.int32(0), team.first, team.first + team.step
-    lax.while_loop(lambda carry: carry[1] < team.loads, lambda carry: _turn(team, *carry, power_of_two, operand), carry)
+    """Warpgroups take tiles, as the counter gives them, and turn one while the next comes."""
+    tiles = _Tiles(dict(zip(names, refs, strict=True)), scratch)
+    tiles.load(tiles.first, tiles.tokens(tiles.first), 0)
+    carry = jnp.int32(0), tiles.first, tiles.first + tiles.step
+    lax.while_loop(lambda carry: carry[1] < tiles.number, lambda carry: _turn(tiles, *carry, power_of_two, operand), carry)
     in_one_warp(2, wait_for_stores)
 
 
-def _turn(team, t, n, following, power_of_two, operand):
-    """Load n, a tile for each warpgroup of the team; `following` comes once it is in registers.
+def _turn(tiles, t, n, following, power_of_two, operand):
+    """Tile n; `following` comes once it is in registers.
 
     There it stays as it came. What its scales make of it is computed twice: for the largest of each column, and to be divided.
     """
-    s, slot, layout = team.s, lax.rem(t, 2), by_columns(team.dtype)
-    next_s, of_rows = s["next_s"].at[slot], s["scales_s"].at[slot, team.side]
-    ticket = take(team.refs["tickets"], team.side == 0)
-    tokens = team.tokens(following)
-    team.wait(n)
-    tile = load_turned(team.values_s, team.dtype, team.swizzle)
+    s, slot, layout = tiles.s, lax.rem(t, 2), by_columns(tiles.dtype)
+    next_s, of_rows = s["next_s"].at[slot], s["scales_s"].at[slot]
+    ticket = take(tiles.refs["tickets"])
+    tokens = tiles.tokens(following)
+    tiles.wait(n)
+    tile = load_turned(s["values_s"], tiles.dtype, tiles.swizzle)
     ordinary = are_ordinary(plgpu.load(of_rows, layout=EACH_WARP))
 
     def run(r, zero=None):
         """Some rows, times their scales."""
         part = tile[:, r * RUN : (r + 1) * RUN]
-        part = part if zero is None else again(part, zero, team.dtype)
+        part = part if zero is None else again(part, zero, tiles.dtype)
         scale = plgpu.load(of_rows.at[pl.ds(r * RUN, RUN)], layout=layout.reduce(0))
         return part.astype(jnp.float32) * lax.broadcast_in_dim(scale, part.shape, (1,))
 
     keys = [unsigned(larger(run(r), run(r + 1), layout)) for r in range(0, BLOCK // RUN, 2)]
-    team.largest_s[...] = jnp.max(functools.reduce(jnp.maximum, keys), axis=1)
+    s["largest_s"][...] = jnp.max(functools.reduce(jnp.maximum, keys), axis=1)
     in_one_warp(2, wait_for_stores)
-    publish(next_s, ticket, team.side == 0)
+    publish(next_s, ticket)
     fence()
-    plgpu.barrier_arrive(s["read"])
-    plgpu.barrier_wait(s["read"])
-    team.load(following, tokens, 1 - slot)
-    scale = tile_scale(largest_of(plgpu.load(team.largest_s, layout=LINE(4).reduce(1))), power_of_two)
-    team.scales_t_s[...] = scale
     meet()
-    team.store_scales(n, as_operand(scale, operand))
-    of_columns = plgpu.load(team.scales_t_s, layout=layout.reduce(1))
+    tiles.load(following, tokens, 1 - slot)
+    scale = tile_scale(largest_of(plgpu.load(s["largest_s"], layout=LINE(4).reduce(1))), power_of_two)
+    s["scales_t_s"][...] = scale
+    meet()
+    tiles.store_scales(n, as_operand(scale, operand))
+    of_columns = plgpu.load(s["scales_t_s"], layout=layout.reduce(1))
 
     def divide(kind):
         for r in range(0, BLOCK // RUN, 2):
             part = jnp.concatenate([run(r + upper, here(t)) for upper in (0, 1)], axis=1)
-            store_turned(team.values_t_s, quotient(part, of_columns, (0,), power_of_two, kind, layout).astype(E4M3), r, team.dtype)
+            store_turned(s["values_t_s"], quotient(part, of_columns, (0,), power_of_two, kind, layout).astype(E4M3), r, tiles.dtype)
 
     lax.cond(ordinary, lambda: divide(WIDE), lambda: divide(LONG))
     fence()
-    plgpu.barrier_arrive(team.made)
-    in_one_warp(2, lambda: team.store(n))
-    return t + 1, following, 2 * team.step + next_s[0]
+    plgpu.barrier_arrive(s["made"])
+    in_one_warp(2, lambda: tiles.store(n))
+    return t + 1, following, 2 * tiles.step + next_s[0]
 
 
-class _Team:
-    """Warpgroups with tiles side by side, seen from one of them: what it loads and stores."""
+class _Tiles:
+    """What a warpgroup loads and stores."""
 
     def __init__(self, refs: dict[str, Any], scratch: dict[str, Any]) -> None:
-        teams, _, sides, _ = scratch["scales_s"].shape
         warpgroup = lax.axis_index("warpgroup")
-        number, self.side, self.sides, self.refs = lax.div(warpgroup, sides), lax.rem(warpgroup, sides), sides, refs
-        self.made = scratch.pop("made").at[warpgroup]
-        self.s = {name: ref.at[number] for name, ref in scratch.items()}
-        own = ("values_s", "largest_s", "scales_t_s", "values_t_s")
-        self.values_s, self.largest_s, self.scales_t_s, self.values_t_s = (self.s[name].at[self.side] for name in own)
-        self.dtype, width = refs["values"].dtype, refs["values"].shape[1]
-        self.swizzle = swizzle_of(self.dtype, BLOCK, width)
+        self.refs, self.s = refs, {name: ref.at[warpgroup] for name, ref in scratch.items()}
+        self.dtype = refs["values"].dtype
+        self.swizzle = swizzle_of(self.dtype, BLOCK, refs["values"].shape[1])
         self.row_blocks, self.column_blocks = refs["scales_t"].shape[0], refs["scales"].shape[0]
-        self.loads = self.row_blocks * pl.cdiv(self.column_blocks, sides)
-        self.first, self.step = teams * lax.axis_index("sm") + number, teams * lax.axis_size("sm")
+        self.number = self.row_blocks * self.column_blocks
+        self.first, self.step = WARPGROUPS * lax.axis_index("sm") + warpgroup, WARPGROUPS * lax.axis_size("sm")
 
     def place(self, n: Array) -> tuple[Array, Array]:
-        """Blocks of rows, and of columns. All rows come before the next columns: rows that are gathered twice are then still in L2."""
-        return lax.rem(n, self.row_blocks), self.sides * lax.div(n, self.row_blocks)
+        """Blocks of rows, and of columns. Of gathered rows all come before the next columns: those that come twice are then still in L2."""
+        if "source" in self.refs:
+            return lax.rem(n, self.row_blocks), lax.div(n, self.row_blocks)
+        return lax.div(n, self.column_blocks), lax.rem(n, self.column_blocks)
 
     def tokens(self, n: Array) -> Array | None:
-        """Which tokens the rows of a load are, if they are gathered."""
+        """Which tokens the rows of a tile are, if they are gathered."""
         if "source" not in self.refs:
             return None
-        i, _ = self.place(jnp.minimum(n, self.loads - 1))
+        i, _ = self.place(jnp.minimum(n, self.number - 1))
         return plgpu.load(self.refs["source"].at[at_block(i)], layout=OF_ROWS, optimized=False)
 
     def load(self, n: Array, tokens: Array | None, slot: Any) -> None:
-        @pl.when(n < self.loads)
+        @pl.when(n < self.number)
         def _() -> None:
             i, j = self.place(n)
             if tokens is not None:
-                gather(self.values_s, self.refs["values"], tokens, j)
+                gather(self.s["values_s"], self.refs["values"], tokens, j)
 
             def copies() -> None:
                 if tokens is None:
-                    for beside in range(self.sides):
-                        tile = self.refs["values"].at[at_block(i), at_block(j + beside)]
-                        plgpu.copy_gmem_to_smem(tile, self.s["values_s"].at[beside], self.s["loaded"])
-                scales = self.refs["scales"].at[pl.ds(j, self.sides), at_block(i)]
-                plgpu.copy_gmem_to_smem(scales, self.s["scales_s"].at[slot], self.s["loaded"])
+                    tile = self.refs["values"].at[at_block(i), at_block(j)]
+                    plgpu.copy_gmem_to_smem(tile, self.s["values_s"], self.s["loaded"])
+                plgpu.copy_gmem_to_smem(self.refs["scales"].at[j, at_block(i)], self.s["scales_s"].at[slot], self.s["loaded"])
 
-            pl.when(self.side == 0)(lambda: in_one_warp(1, copies))
+            in_one_warp(1, copies)
 
     def wait(self, n: Array) -> None:
-        """For load n; rows that are kept are stored as they came."""
+        """For tile n; rows that are kept are stored as they came."""
         plgpu.barrier_wait(self.s["loaded"])
         if "source" not in self.refs:
             return
@@ -216,16 +206,13 @@ class _Team:
         meet()
         if "kept" in self.refs:
             i, j = self.place(n)
-            in_one_warp(2, lambda: plgpu.copy_smem_to_gmem(self.values_s, self.refs["kept"].at[at_block(i), at_block(j)]))
+            in_one_warp(2, lambda: plgpu.copy_smem_to_gmem(self.s["values_s"], self.refs["kept"].at[at_block(i), at_block(j)]))
 
     def store_scales(self, n: Array, scales: Array) -> None:
         i, j = self.place(n)
-
-        @pl.when(j + self.side < self.column_blocks)
-        def _() -> None:
-            self.refs["scales_t"][i, at_block(j + self.side)] = scales
+        self.refs["scales_t"][i, at_block(j)] = scales
 
     def store(self, n: Array) -> None:
         i, j = self.place(n)
-        plgpu.barrier_wait(self.made)
-        plgpu.copy_smem_to_gmem(self.values_t_s, self.refs["values_t"].at[at_block(j + self.side), at_block(i)])
+        plgpu.barrier_wait(self.s["made"])
+        plgpu.copy_smem_to_gmem(self.s["values_t_s"], self.refs["values_t"].at[i, at_block(j)])

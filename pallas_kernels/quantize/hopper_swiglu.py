@@ -133,9 +133,9 @@ def swiglu_backward(
         out=dict(
             values=((m, 2 * f), E4M3),
             scales=((2 * blocks, mp), jnp.float32),
-            values_t=((2 * f, mp), E4M3),
+            values_t=((mp // BLOCK, 2 * f, BLOCK), E4M3),
             scales_t=of_columns(2 * f, mp // BLOCK, operands[0]),
-            act_values_t=((f, mp), E4M3),
+            act_values_t=((mp // BLOCK, f, BLOCK), E4M3),
             act_scales_t=of_columns(f, mp // BLOCK, operands[1]),
             d_gates=((blocks, mp), jnp.float32),
         ),
@@ -172,7 +172,7 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
     """
     *gates, tickets, values, scales, values_t, scales_t, act_values_t, act_scales_t, d_gates = refs
     blocks, quarter, first, step = d_gates.shape[0], lax.axis_index("quarter"), lax.axis_index("sm"), lax.axis_size("sm")
-    tiles = values_t.shape[1] // BLOCK * blocks
+    tiles = values_t.shape[0] * blocks
     by_loader, by_storer = (functools.partial(in_one_warp, w) for w in (quarter, lax.rem(quarter + 2, QUARTERS)))
 
     def own(zero):
@@ -186,7 +186,7 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
         """Values and scales of columns: where they go."""
         i, (gate, up), _ = place(tile)
         targets = (values_t, scales_t, gate), (values_t, scales_t, up), (act_values_t, act_scales_t, gate)
-        return [(of_values.at[at_block(j), at_block(i)], of_scales.at[i, at_block(j)]) for of_values, of_scales, j in targets]
+        return [(of_values.at[i, at_block(j)], of_scales.at[i, at_block(j)]) for of_values, of_scales, j in targets]
 
     def load(tile, s):
         _, sides, rows = place(tile)
@@ -210,7 +210,7 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
     def run(carry):
         n, tile, following = carry
         s = own(here(n))
-        ticket = take(tickets, quarter == 0)
+        ticket = lax.cond(quarter == 0, lambda: take(tickets), lambda: jnp.int32(0))
         plgpu.barrier_wait(s["loaded"])
         inputs = _backward_inputs(bool(gates), s)
         fence()
@@ -220,7 +220,7 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
         by_storer(wait_for_stores)
         meet()
         by_loader(lambda: pl.when(following < tiles)(lambda: load(following, s)))
-        publish(s["next_s"], ticket, quarter == 0)
+        pl.when(quarter == 0)(lambda: publish(s["next_s"], ticket))
         kept = _quantize_rows_of(tensors, factor, [power for power, _ in of_tensors], s)
         _quantize_turned((lambda: tensors[0], lambda: tensors[1], lambda: opened(*kept)), of_tensors, quarter, turned(tile), s)
         after_that = 2 * step + s["next_s"][0]

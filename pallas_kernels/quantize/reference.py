@@ -115,12 +115,12 @@ def _swiglu(hidden: Array, gates: Array | None) -> Array:
 
 
 def _turned(x: Array, power_of_two: bool, operand: Operand | None) -> tuple[Array, Array]:
-    """128x1 tiles, values transposed; rows of zeros complete the last tile."""
+    """128x1 tiles, each 128 rows transposed by themselves; rows of zeros complete the last tile."""
     padded = jnp.pad(x, ((0, -x.shape[0] % BLOCK), (0, 0)))
     values, scales = _in_tiles(padded, BLOCK, 1, power_of_two)
     if operand is not None:
         scales = in_parts(jnp.pad(scales, ((0, 0), (0, -x.shape[1] % BLOCK)), constant_values=1), operand)
-    return values.T, scales
+    return values.reshape(-1, BLOCK, x.shape[1]).mT, scales
 
 
 def _by_columns(x: Array, power_of_two: bool) -> tuple[Array, Array]:

@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Int32
 
 from pallas_kernels.quantize.ptx import address, asm, place_in_warpgroup, word
 
@@ -25,8 +23,8 @@ def counter() -> Any:
     return jax.new_ref(jnp.zeros((1,), jnp.int32))
 
 
-def take(counter: Any, asks: Bool[Array, ""]) -> Int32[Array, ""]:
-    """The next number of the counter, if the warpgroup `asks`. One thread has it, and waits for memory when it uses it: in `publish`."""
+def take(counter: Any) -> Int32[Array, ""]:
+    """The next number of the counter. One thread has it, and waits for memory when it uses it: in `publish`."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR))
     def ticket_taken(_: Any, counter: Any) -> Any:
@@ -34,18 +32,18 @@ def take(counter: Any, asks: Bool[Array, ""]) -> Int32[Array, ""]:
         taken = asm(text, 1, [address(counter, 64), _not_the_taker()])[0]
         return mgpu.FragmentedArray.splat(taken, (), is_signed=True)
 
-    return lax.cond(asks, lambda: ticket_taken(counter), lambda: jnp.int32(0))
+    return ticket_taken(counter)
 
 
-def publish(ref: Any, ticket: Int32[Array, ""], asks: Bool[Array, ""]) -> None:
-    """Puts what `take` gave the warpgroup that `asks` into shared memory [1]. All need a barrier before they read it."""
+def publish(ref: Any, ticket: Int32[Array, ""]) -> None:
+    """Puts what `take` gave the warpgroup into shared memory [1]. All need a barrier before they read it."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR))
     def ticket_published(_: Any, ref: Any, ticket: Any) -> None:
         text = "{ .reg .pred p; setp.eq.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }"
         asm(text, 0, [address(ref), ticket.registers.item(), _not_the_taker()])
 
-    pl.when(asks)(lambda: ticket_published(ref, ticket))
+    ticket_published(ref, ticket)
 
 
 def _not_the_taker() -> Any:

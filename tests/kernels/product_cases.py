@@ -30,6 +30,20 @@ class Rows:
         self.full = np.asarray(self.values, np.float32) * spread(self.scales, x.shape[1], 0).T[: x.shape[0]]
 
 
+class Columns:
+    """Tokens' columns in 128x1 tiles, from x [columns, tokens], and what they stand for."""
+
+    def __init__(self, x):
+        _, _, self.values, self.scales = quantizers.quantize_both(jnp.asarray(x).T)
+        self.full = side_by_side(self.values, self.scales)
+
+
+def side_by_side(values, scales):
+    """[tokens / 128, columns, 128] and a scale of each column, as [columns, tokens]."""
+    full = np.asarray(values, np.float32) * np.asarray(scales)[:, :, None]
+    return np.concatenate(list(full), 1)
+
+
 class Blocks:
     """Weights [..., n, k] in 128x128 blocks."""
 
@@ -70,17 +84,16 @@ class ProductCases:
     def test_wgrad(self, added):
         rng = np.random.default_rng(1)
         m, n, k = self.wgrads[added]
-        a, b = Rows(rough(rng, m, k)), Rows(rough(rng, n, k))
+        a, b = Columns(rough(rng, m, k)), Columns(rough(rng, n, k))
         addend = np.float32(rng.normal(size=(m, n)) * 100) if added else None
-        scales = [x.scales[:, : len(x.values)] for x in (a, b)]
-        out = self.run("wgrad", a.values, scales[0], b.values, scales[1], None if addend is None else jnp.asarray(addend))
+        out = self.run("wgrad", a.values, a.scales, b.values, b.scales, None if addend is None else jnp.asarray(addend))
         assert_near(out, a.full @ b.full.T + (0 if addend is None else addend), F32_ERROR)
 
     def test_wgrad_in_pieces(self):
         rng = np.random.default_rng(7)
         m, n, k = self.pieced
-        a, b = Rows(rough(rng, m, k)), Rows(rough(rng, n, k))
-        out = self.run("wgrad", a.values, a.scales[:, :m], b.values, b.scales[:, :n])
+        a, b = Columns(rough(rng, m, k)), Columns(rough(rng, n, k))
+        out = self.run("wgrad", a.values, a.scales, b.values, b.scales)
         assert out.shape == (m, n)
         assert_near(out, a.full @ b.full.T, F32_ERROR)
 
@@ -93,7 +106,7 @@ class ProductCases:
         whole = [quantizers.quantize_both(a)[2:] for a in (x, dy)]
         out = self.run("wgrad", *turned[0], *turned[1])
         np.testing.assert_array_equal(out, self.run("wgrad", *whole[0], *whole[1]))
-        a, b = (np.asarray(values, np.float32) * spread(scales, k, 0).T for values, scales in whole)
+        a, b = (side_by_side(*columns) for columns in whole)
         assert_near(out, a @ b.T, F32_ERROR)
 
     def tiles(self, owners):
@@ -132,9 +145,9 @@ class ProductCases:
         m -= lacking
         for owners in self.owners:
             tiles, experts = self.tiles(owners)
-            a, b = Rows(rough(rng, m, 5 * TILE)), Rows(rough(rng, n, 5 * TILE))
+            a, b = Columns(rough(rng, m, 5 * TILE)), Columns(rough(rng, n, 5 * TILE))
             addend = np.float32(rng.normal(size=(experts, m, n)) * 100) if added else None
-            arguments = a.values, a.scales[:, :m], b.values, b.scales[:, :n], first_tiles(tiles, experts)
+            arguments = a.values, a.scales, b.values, b.scales, first_tiles(tiles, experts)
             out = self.run("grouped_wgrad", *arguments, None if addend is None else jnp.asarray(addend))
             assert out.shape == (experts, m, n)
             expected = self.sums(a.full.T, b.full.T, owners, experts) + (0 if addend is None else addend)

@@ -94,6 +94,7 @@ def shapes(product, m, n, k, e):
     turned = product.scales == "none" and product.groups == "contraction"
     a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, *((k, n) if product.weights_lie else (n, k))))
     rows = product.scales == "row"  # whose scales come in parts
+    a, b = ((steps, m, 128), (steps, n, 128)) if rows else (a, b)
     a_scales = (steps, m // 8, 64) if rows else (*each_a, steps, -(-m // 128) * 128)
     b_scales = (steps, n // 8, 64) if rows else (*each_b, -(-n // 128), steps)
     index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1, "pieces": None}[product.groups]
@@ -171,7 +172,7 @@ def test_bodies_of_two_waves_are_long_only_where_that_gains():
 
 def test_wgrad_of_few_tiles_is_cut_along_k():
     """Weights of `h200` over 32,768 tokens; those of V3 over 4096 have tiles enough, and three steps cannot be halved."""
-    number = lambda m, n, k, sms=132: tiles.pieces((m, k), (n, k), sms)  # noqa: E731
+    number = lambda m, n, k, sms=132: tiles.pieces((k // 128, m, 128), (k // 128, n, 128), sms)  # noqa: E731
     assert (number(2048, 512, 32768), number(512, 4096, 32768), number(4096, 2048, 32768)) == (2, 1, 1)
     assert (number(7168, 4096, 4096), number(2048, 7168, 4096), number(64, 64, 384)) == (1, 1, 1)
 
@@ -180,7 +181,7 @@ def test_the_cases_of_pieces_are_cut(monkeypatch):
     for sms, cases in ((132, gpu_cases.TestFull), (2, TestInterpreted)):
         monkeypatch.setattr(tiles, "LAUNCH", 0 if sms == 2 else tiles.LAUNCH)
         m, n, k = cases.pieced
-        assert tiles.pieces((m, k), (n, k), sms) > 1
+        assert tiles.pieces((-(-k // 128), m, 128), (-(-k // 128), n, 128), sms) > 1
 
 
 def test_bands_are_what_measured_best():
@@ -235,6 +236,8 @@ ROWS, BLOCK = jnp.ones((1, 128)), jnp.ones((1, 1))
     ("call", "error", "words"),
     [
         (lambda: gemm.gemm(jnp.zeros((128, 128)), ROWS, F8, BLOCK), ValueError, "a: dtype float32"),
+        (lambda: gemm.check_turned(F8[None], F8), ValueError, r"a and b: shapes \(1, 128, 128\) and \(128, 128\)"),
+        (lambda: gemm.check_turned(F8[None], jnp.tile(F8, (2, 1, 1))), ValueError, "of as many tokens"),
         (
             lambda: grouped_gemm.grouped_gemm(F8, ROWS, F8[None], BLOCK[None], jnp.zeros(2, jnp.int32)),
             ValueError,
