@@ -122,6 +122,7 @@ def swiglu_backward(
     m, f = d_act.shape
     check_halves("hidden", f)
     blocks, mp = f // BLOCK, padded(m)
+    scales = scales.reshape(2, blocks, mp)  # so that those of gate and up are one copy
     inputs = (hidden, scales, d_act) if gates is None else (hidden, scales, d_act, jnp.pad(gates, (0, mp - rows)))
     operands = swiglu_operands(parts)
     of_tensors = (power_of_two, operands[0]), (power_of_two, operands[0]), (act_power_of_two, operands[1])
@@ -132,7 +133,7 @@ def swiglu_backward(
         grid_names=("sm",),
         out=dict(
             values=((m, 2 * f), E4M3),
-            scales=((2 * blocks, mp), jnp.float32),
+            scales=((2, blocks, mp), jnp.float32),
             values_t=((mp // BLOCK, 2 * f, BLOCK), E4M3),
             scales_t=of_columns(2 * f, mp // BLOCK, operands[0]),
             act_values_t=((mp // BLOCK, f, BLOCK), E4M3),
@@ -151,7 +152,7 @@ def swiglu_backward(
             scales_s=plgpu.SMEM((QUARTERS, 2, QUARTER), jnp.float32),
             values_t_s=tile_of(E4M3, 3, BLOCK, BLOCK),
             next_s=plgpu.SMEM((1,), jnp.int32),
-            loaded=plgpu.Barrier(num_arrivals=2 + len(inputs), num_barriers=QUARTERS),
+            loaded=plgpu.Barrier(num_arrivals=1 + len(inputs), num_barriers=QUARTERS),
             largest_known=plgpu.Barrier(num_arrivals=QUARTERS, num_barriers=3),
             made=plgpu.Barrier(num_arrivals=QUARTERS),
         ),
@@ -161,7 +162,7 @@ def swiglu_backward(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(*inputs, counter())
     turned = values_t, whole_columns(scales_t, 2 * f), act_values_t, whole_columns(act_scales_t, f)
-    return values[:rows], scales, *turned, None if gates is None else d_gates.sum(0)[:rows]
+    return values[:rows], scales.reshape(2 * blocks, mp), *turned, None if gates is None else d_gates.sum(0)[:rows]
 
 
 def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
@@ -190,17 +191,16 @@ def _backward_body(hidden, hidden_scales, d_act, *refs, of_tensors, **shared):
 
     def load(tile, s):
         _, sides, rows = place(tile)
-        copies = [(d_act.at[rows, at_block(sides[0])], s["d_act_s"])] + [(g.at[rows], s["gates_s"].at[0]) for g in gates]
-        for side, j in enumerate(sides):
-            copies += [(hidden.at[rows, at_block(j)], s["hidden_s"].at[side]), (hidden_scales.at[j, rows], s["hidden_scales_s"].at[side])]
+        copies = [(hidden.at[rows, at_block(j)], s["hidden_s"].at[side]) for side, j in enumerate(sides)]
+        copies += [(hidden_scales.at[:, sides[0], rows], s["hidden_scales_s"])]
+        copies += [(d_act.at[rows, at_block(sides[0])], s["d_act_s"])] + [(g.at[rows], s["gates_s"].at[0]) for g in gates]
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, s["loaded"])
 
     def store(tile, s):
         _, sides, rows = place(tile)
-        copies = [(s["gates_s"].at[1], d_gates.at[sides[0], rows])]
-        for side, j in enumerate(sides):
-            copies += [(s["values_s"].at[side], values.at[rows, at_block(j)]), (s["scales_s"].at[side], scales.at[j, rows])]
+        copies = [(s["values_s"].at[side], values.at[rows, at_block(j)]) for side, j in enumerate(sides)]
+        copies += [(s["scales_s"], scales.at[:, sides[0], rows]), (s["gates_s"].at[1], d_gates.at[sides[0], rows])]
         plgpu.barrier_wait(s["made"])
         start_all(copies)
         for slot, (target, _) in enumerate(turned(tile)):
