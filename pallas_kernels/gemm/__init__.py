@@ -113,7 +113,7 @@ def check_operands(a: Array, b: Array) -> None:
 def check_turned(a: Array, b: Array) -> None:
     """Raises ValueError unless both are FP8 tiles of as many tokens, as Wgrad takes them."""
     _check_types(a, b)
-    if a.ndim != 3 or b.ndim != 3 or (a.shape[0], a.shape[2]) != (b.shape[0], GROUP) or b.shape[2] != GROUP:
+    if a.ndim != 3 or b.ndim != 3 or a.shape[::2] != b.shape[::2] or a.shape[2] != GROUP:
         raise ValueError(f"a and b: shapes {a.shape} and {b.shape}: have to be [tokens / {GROUP}, columns, {GROUP}], of as many tokens")
 
 

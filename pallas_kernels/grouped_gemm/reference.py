@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gemm.reference import exact, gemm, scaled_product, side_by_side
+from pallas_kernels.gemm.reference import exact, gemm, scaled_product
 from pallas_kernels.parts import whole
 
 TILE = 128
@@ -30,7 +30,7 @@ def grouped_wgrad(
     def expert(total: jax.Array, first: jax.Array, end: jax.Array) -> jax.Array:
         mine = (jnp.arange(tiles) >= first) & (jnp.arange(tiles) < end)
         # A tile of another expert may hold anything: it must not come in, not even times zero.
-        left, right = (side_by_side(jnp.where(mine[:, None, None], x, 0).astype(x.dtype)) for x in (a, b))
+        left, right = (jnp.where(mine[:, None, None], x, 0).astype(x.dtype) for x in (a, b))
         of_left, of_right = (jnp.where(mine[:, None], x, 1) for x in (a_scales, b_scales))
         return total + scaled_product(left, of_left, right, of_right)
 

@@ -121,8 +121,7 @@ class QuantizeCases:
         [(None, False, None), (None, True, "left"), (E5M6, True, None), (E5M6, False, "left")],
     )
     def test_retile(self, format, power_of_two, operand):
-        odd = 128 * power_of_two  # in tiles: a kernel takes two side by side
-        x = mixed(self.rows, self.columns + odd, F32)
+        x = mixed(self.rows, self.columns + 128 * power_of_two, F32)  # an even number of tiles along a row, and an odd one
         kept = on_cpu(lambda: by_rows(x, power_of_two, format))
         expected = on_cpu(lambda: by_columns(opened(*kept), power_of_two, operand))
         self.same(self.run("retile", *kept, power_of_two, operand), expected, power_of_two)
