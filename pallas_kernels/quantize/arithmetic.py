@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.quantize.instructions import larger, product, reciprocal
-from pallas_kernels.quantize.reference import E4M3, E5M6_BITS, E5M6_MIN_EXPONENT, SMALLEST_NORMAL, tile_scale
+from pallas_kernels.quantize.instructions import flushed, larger, product, reciprocal
+from pallas_kernels.quantize.reference import E4M3, E5M6_BITS, E5M6_MIN_EXPONENT, tile_scale
 
 Array = jax.Array
 
@@ -74,7 +74,7 @@ def computed_quotient(x: Array, layout: Any, scale: Array, power_of_two: bool, f
 def quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, kind: str, layout: Any) -> Array:
     """x / scale, where `axes` of x are those of scale. An infinite scale makes zeros, and NaN of infinity.
 
-    A subnormal x is zero. `layout`: of x; LONG needs none.
+    A subnormal x is zero. `layout`: of x.
     """
     spread = functools.partial(lax.broadcast_in_dim, shape=x.shape, broadcast_dimensions=axes)
     if power_of_two:
@@ -89,7 +89,7 @@ def quotient(x: Array, scale: Array, axes: tuple[int, ...], power_of_two: bool, 
         rest = high * (1.0 - scale * high)
         high, rest = (spread(_if_finite(scale, part)) for part in (high, rest))
         return x * high + x * rest
-    x = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, 0.0, x)
+    x = flushed(x, layout)
     inverse = spread(_if_finite(scale, 1.0 / scale))
     quotient = x * inverse
     return quotient + (x - quotient * spread(_if_finite(scale, scale))) * inverse

@@ -49,6 +49,16 @@ def product(x: Float32[Array, "*s"], y: Float32[Array, "*s"], layout: Any) -> Fl
     return product_of_normals(x, y)
 
 
+def flushed(x: Float32[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
+    """x, where subnormal numbers count as zero: one instruction, where a test takes two."""
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=_numbers(x, layout))
+    def normal_or_zero(_: Any, x: Any) -> Any:
+        return _each(_instruction("mul.ftz.f32 $0, $1, 0f3F800000;"), x)
+
+    return normal_or_zero(x)
+
+
 def widened(x: BFloat16[Array, "*s"], layout: Any) -> Float32[Array, "*s"]:
     """float32 of x, an instruction each, where a conversion takes one more for the upper half of a register."""
 

@@ -184,6 +184,7 @@ _ELEMENTWISE = {
     "other_name": pieces.other_name,
     "same": lambda x, _: x,
     "product_of_normals": product_of_normals,
+    "normal_or_zero": lambda x: product_of_normals(x, jnp.float32(1)),
     "pairs_to_float32": lambda x: x.astype(jnp.float32),
     "words_side_by_side": lambda *words: jax.lax.bitcast_convert_type(jnp.stack(words, 1), jnp.bfloat16).reshape(words[0].size, -1),
 }
