@@ -1,11 +1,10 @@
 """The kernels for Hopper GPUs (Mosaic GPU): each tile is loaded once, and every output of it is stored by TMA.
 
-A block of threads has one 128x128 tile (`quantize_rows`: some of 64x128, `quantize_and_keep` of 32x128) and ends; several blocks
-share a multiprocessor, so that one loads while another computes. A block of `swiglu_backward` or `retile` fills a multiprocessor,
-and loops over tiles, which a counter hands out.
+A block of threads has one 128x128 tile, or two of 32x128 (`quantize_rows`, `quantize_and_keep`), and ends; several blocks share a
+multiprocessor, so that one loads while another computes. A block of `swiglu_backward` or `retile` fills a multiprocessor, and loops
+over tiles, which a counter hands out.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -23,40 +22,40 @@ from pallas_kernels.quantize.hopper_retile import gather_and_retile as gather_an
 from pallas_kernels.quantize.hopper_retile import retile as retile
 from pallas_kernels.quantize.hopper_swiglu import swiglu_backward as swiglu_backward
 from pallas_kernels.quantize.hopper_swiglu import swiglu_quantize as swiglu_quantize
-from pallas_kernels.quantize.instructions import widened
+from pallas_kernels.quantize.instructions import fence
+from pallas_kernels.quantize.pieces import store_columns
 from pallas_kernels.quantize.reference import BLOCK, E4M3, E5M6_MAX, tile_scale
 from pallas_kernels.quantize.tiles import (
-    FEW_ROWS,
     LINE,
     QUARTER,
+    QUARTERS,
     ROWS,
     as_operand,
     at_block,
+    at_quarter,
     check_width,
+    in_one_warp,
     in_runs,
     launch,
     load_all,
     load_lines,
+    load_rows,
     of_columns,
     once,
     padded,
+    scale_of_columns,
+    start_all,
     store_all,
     tile_of,
+    wait_for_stores,
     whole_columns,
 )
 
 Array = jax.Array
 
-
-@dataclasses.dataclass(frozen=True)
-class TuningConfig:
-    """How many 64x128 tiles of 16 bits a block of `quantize_rows` takes along a row: all are in flight at once."""
-
-    tiles: int = 4
-
-
-DEFAULT = TuningConfig()
-
+SIDE_BY_SIDE = 2  # tiles of 32x128 of a block, both in flight at once
+HALVES = 2  # warpgroups that share a tile of `quantize_both`
+HALF = BLOCK // HALVES  # rows of each
 
 # Sizes of training: kernel, shape, dtype. Of `swiglu_*` the shape is that of hidden.
 PRODUCTION = [
@@ -80,37 +79,37 @@ PRODUCTION = [
 
 
 @once
-def quantize_rows(x: Array, power_of_two: bool, config: TuningConfig = DEFAULT, interpret: Any = None) -> tuple[Array, Array]:
+def quantize_rows(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[Array, Array]:
     """See `pallas_kernels.quantize.quantize_rows`."""
     rows, x = x.shape[0], whole_rows(x)
     m, k = x.shape
     check_width("x", k)
     blocks = pl.cdiv(k, BLOCK)
-    # As many as divide the row, and no more bytes in flight where elements are wider.
-    tiles = math.gcd(blocks, max(config.tiles * 2 // x.dtype.itemsize, 1))
+    tiles = math.gcd(blocks, SIDE_BY_SIDE)
     values, scales = launch(
         functools.partial(_rows_body, tiles=tiles, power_of_two=power_of_two),
         "quantize_rows",
-        grid=(padded(m) // 64, blocks // tiles),
+        grid=(padded(m) // QUARTER, blocks // tiles),
         out=dict(values=((m, k), E4M3), scales=((blocks, padded(m)), jnp.float32)),
         scratch=dict(
-            x_s=tile_of(x.dtype, tiles, 64, BLOCK, width=k),
-            values_s=tile_of(E4M3, tiles, 64, BLOCK, width=k),
-            scales_s=plgpu.SMEM((tiles, 64), jnp.float32),
+            x_s=tile_of(x.dtype, tiles, QUARTER, BLOCK, width=k),
+            values_s=tile_of(E4M3, tiles, QUARTER, BLOCK, width=k),
+            scales_s=plgpu.SMEM((tiles, QUARTER), jnp.float32),
             loaded=plgpu.Barrier(num_barriers=tiles),
         ),
         interpret=interpret,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     )(x)
     return values[:rows], scales
 
 
 def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, power_of_two):
-    rows, first = pl.ds(lax.axis_index("row") * 64, 64), lax.axis_index("column") * tiles
+    rows, first = at_quarter(lax.axis_index("row")), lax.axis_index("column") * tiles
     for j in range(tiles):
         plgpu.copy_gmem_to_smem(x.at[rows, at_block(first + j)], x_s.at[j], loaded.at[j])
     for j in range(tiles):
         plgpu.barrier_wait(loaded.at[j])
-        values_s[j], scales_s[j] = quantize_lines(plgpu.load(x_s.at[j], layout=ROWS).astype(jnp.float32), ROWS, power_of_two, kind_of(x))
+        values_s[j], scales_s[j] = quantize_lines(*load_rows(x_s.at[j]), power_of_two, kind_of(x))
     store_all(
         [(values_s.at[j], values.at[rows, at_block(first + j)]) for j in range(tiles)]
         + [(scales_s.at[j], scales.at[first + j, rows]) for j in range(tiles)]
@@ -124,7 +123,7 @@ def quantize_and_keep(x: Array, interpret: Any = None) -> tuple[Array, Array, Ar
     m, k = x.shape
     check_width("x", k)
     blocks = pl.cdiv(k, BLOCK)
-    tiles = math.gcd(blocks, 2)
+    tiles = math.gcd(blocks, SIDE_BY_SIDE)
     of_lines = ((blocks, padded(m)), jnp.float32)
     values, scales, kept, kept_scales = launch(
         functools.partial(_keep_body, tiles=tiles),
@@ -145,17 +144,17 @@ def quantize_and_keep(x: Array, interpret: Any = None) -> tuple[Array, Array, Ar
 
 
 def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, scales_s, loaded, tiles):
-    rows, first = pl.ds(lax.axis_index("row") * QUARTER, QUARTER), lax.axis_index("column") * tiles
+    rows, first = at_quarter(lax.axis_index("row")), lax.axis_index("column") * tiles
     for j in range(tiles):
         plgpu.copy_gmem_to_smem(x.at[rows, at_block(first + j)], x_s.at[j], loaded.at[j])
     copies = []
     for j in range(tiles):
         plgpu.barrier_wait(loaded.at[j])
-        lines = widened(plgpu.load(x_s.at[j], layout=FEW_ROWS), FEW_ROWS)
-        largest = largest_of(keys_of(lines, FEW_ROWS))
+        lines, layout = load_rows(x_s.at[j])
+        largest = largest_of(keys_of(lines, layout))
         scale, kept_scale = tile_scale(largest, False), tile_scale(largest, True, E5M6_MAX)
-        values_s[j] = quotient(lines, scale, (0,), False, SHORT, FEW_ROWS).astype(E4M3)
-        kept_s[j] = to_e5m6(quotient(lines, kept_scale, (0,), True, SHORT, FEW_ROWS))
+        values_s[j] = quotient(lines, scale, (0,), False, SHORT, layout).astype(E4M3)
+        kept_s[j] = to_e5m6(quotient(lines, kept_scale, (0,), True, SHORT, layout))
         scales_s[0, j], scales_s[1, j] = scale, kept_scale
         here = rows, at_block(first + j)
         copies += [(values_s.at[j], values.at[here]), (kept_s.at[j], kept.at[here])]
@@ -181,30 +180,56 @@ def quantize_both(x: Array, power_of_two: bool, operand: Operand | None = None, 
             values_s=tile_of(E4M3, BLOCK, BLOCK, width=k),
             scales_s=plgpu.SMEM((BLOCK,), jnp.float32),
             values_t_s=tile_of(E4M3, BLOCK, BLOCK),
-            scales_t_s=plgpu.SMEM((BLOCK, *of_scales_t[0][2:]), of_scales_t[1]),
-            loaded=plgpu.Barrier(),
+            largest_s=plgpu.SMEM((QUARTERS, BLOCK), jnp.uint32),
+            loaded=plgpu.Barrier(num_barriers=HALVES),
+            largest_known=plgpu.Barrier(num_arrivals=HALVES),
+            made=plgpu.Barrier(num_arrivals=HALVES),
         ),
         interpret=interpret,
+        num_threads=HALVES,
+        thread_name="half",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
     )(x)
     return values[:rows], scales, values_t, whole_columns(scales_t, k)
 
 
-def _both_body(x, values, scales, values_t, scales_t, *, x_s, values_s, scales_s, values_t_s, scales_t_s, loaded, power_of_two, operand):
-    i, j = lax.axis_index("row"), lax.axis_index("column")
-    load_all([(x.at[at_block(i), at_block(j)], x_s)], loaded)
-    for half in (pl.ds(0, 64), pl.ds(64, 64)):
-        lines = plgpu.load(x_s.at[half], layout=ROWS).astype(jnp.float32)
-        values_s[half], scales_s[half] = quantize_lines(lines, ROWS, power_of_two, kind_of(x))
-    columns, scale = quantize_lines(load_lines(x_s.T), LINE(4), power_of_two, kind_of(x))
-    values_t_s[...], scales_t_s[...] = in_runs(columns), as_operand(scale, operand)
-    store_all(
-        [
-            (values_s, values.at[at_block(i), at_block(j)]),
-            (scales_s, scales.at[j, at_block(i)]),
-            (values_t_s, values_t.at[i, at_block(j)]),
-            (scales_t_s, scales_t.at[i, at_block(j)]),
-        ]
-    )
+def _both_body(x, values, scales, values_t, scales_t, *, loaded, power_of_two, operand, **s):
+    """Two warpgroups with 64 rows of a tile each, 32 at a time, which share the largest of its columns and its turned tile.
+
+    Rows are loaded once more after the other half has said what is largest in its own: fewer registers, so more tiles at once.
+    """
+    i, j, half = lax.axis_index("row"), lax.axis_index("column"), lax.axis_index("half")
+    own, there = pl.ds(half * HALF, HALF), (pl.ds(i * BLOCK + half * HALF, HALF), at_block(j))
+    quarters = [HALF // QUARTER * half + n for n in range(HALF // QUARTER)]
+    in_one_warp(half, lambda: plgpu.copy_gmem_to_smem(x.at[there], s["x_s"].at[own], loaded.at[half]))
+    plgpu.barrier_wait(loaded.at[half])
+    for q in quarters:
+        s["largest_s"][q] = keys_of(load_lines(s["x_s"].at[at_quarter(q)].T), LINE(4))
+    plgpu.barrier_arrive(s["largest_known"])
+    for q in quarters:
+        lines = load_rows(s["x_s"].at[at_quarter(q)])
+        s["values_s"][at_quarter(q)], s["scales_s"][at_quarter(q)] = quantize_lines(*lines, power_of_two, kind_of(x))
+    plgpu.barrier_wait(s["largest_known"])
+    scale = scale_of_columns(s["largest_s"], power_of_two)
+    for q in quarters:
+        columns = quotient(load_lines(s["x_s"].at[at_quarter(q)].T), scale, (0,), power_of_two, kind_of(x), LINE(4))
+        store_columns(s["values_t_s"], columns.astype(E4M3), q)
+
+    @pl.when(half == 0)
+    def _():
+        scales_t[i, at_block(j)] = as_operand(scale, operand)
+
+    fence()
+    plgpu.barrier_arrive(s["made"])
+
+    def store():
+        plgpu.barrier_wait(s["made"])
+        start_all([(s["values_s"].at[own], values.at[there]), (s["scales_s"].at[own], scales.at[j, there[0]])])
+        pl.when(half == 0)(lambda: start_all([(s["values_t_s"], values_t.at[i, at_block(j)])]))
+        plgpu.commit_smem_to_gmem_group()
+        wait_for_stores()
+
+    in_one_warp(half, store)
 
 
 @once

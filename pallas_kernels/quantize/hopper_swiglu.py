@@ -34,6 +34,7 @@ from pallas_kernels.quantize.tiles import (
     QUARTERS,
     as_operand,
     at_block,
+    at_quarter,
     check_halves,
     in_one_warp,
     launch,
@@ -86,7 +87,7 @@ def swiglu_quantize(hidden: Array, gates: Array | None, power_of_two: bool, inte
 def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, power_of_two):
     *gates, values, scales, hidden_values, hidden_scales = refs
     i, j, blocks = lax.axis_index("row"), lax.axis_index("column"), scales.shape[0]
-    rows = pl.ds(i * QUARTER, QUARTER)
+    rows = at_quarter(i)
     load_all(
         [(hidden.at[rows, at_block(j)], hidden_s.at[0]), (hidden.at[rows, at_block(blocks + j)], hidden_s.at[1])]
         + [(g.at[rows], gates_s) for g in gates],

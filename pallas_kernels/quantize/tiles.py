@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.memory import tiled
 from pallas_kernels.parts import EACH, PARTS, Operand, words_of_parts
 from pallas_kernels.quantize.arithmetic import largest_of
-from pallas_kernels.quantize.instructions import side_by_side
+from pallas_kernels.quantize.instructions import side_by_side, widened
 from pallas_kernels.quantize.reference import BLOCK, tile_scale
 
 Array = jax.Array
@@ -36,8 +36,14 @@ QUARTERS = 4  # warpgroups that share a tile
 QUARTER = BLOCK // QUARTERS  # rows of each
 ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
-# Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank.
-FEW_ROWS = plgpu.Layout.TILED(Tiling(((32, 32), (8, 32), (8,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+
+
+def _few_rows(run: int) -> Any:
+    """Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank."""
+    return plgpu.Layout.TILED(Tiling(((32, 4 * run), (8, 4 * run), (run,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+
+
+FEW_ROWS = _few_rows(8)
 # 128 numbers, of which every warp has all: the largest needs no other warp.
 EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
@@ -59,6 +65,13 @@ def in_one_warp(warp_number: Array | int, f: Callable) -> None:
         pl.when(warp == warp_number)(f)
 
 
+def load_rows(ref: Any) -> tuple[Array, Any]:
+    """float32 of a [32, 128] tile, in runs of 16 bytes, and their layout."""
+    if ref.dtype == jnp.float32:
+        return plgpu.load(ref, layout=_few_rows(4)), _few_rows(4)
+    return widened(plgpu.load(ref, layout=FEW_ROWS), FEW_ROWS), FEW_ROWS
+
+
 def load_lines(ref: Any) -> Array:
     """float32 of a [128, 128] view, each thread with a line of it: loaded one by one, then taken as runs of four."""
     return plgpu.layout_cast(plgpu.load(ref, layout=LINE(1)), LINE(4)).astype(jnp.float32)
@@ -71,6 +84,10 @@ def in_runs(line: Array) -> Array:
 
 def at_block(i: Any) -> Any:
     return pl.ds(i * BLOCK, BLOCK)
+
+
+def at_quarter(i: Any) -> Any:
+    return pl.ds(i * QUARTER, QUARTER)
 
 
 def tile_of(dtype: Any, *shape: int, width: int = BLOCK) -> Any:
