@@ -32,7 +32,7 @@ from pallas_kernels.quantize.reference import BLOCK, tile_scale
 
 Array = jax.Array
 
-QUARTERS = 4  # warpgroups that share a tile
+QUARTERS = 4  # parts of a tile by rows
 QUARTER = BLOCK // QUARTERS  # rows of each
 ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
@@ -73,7 +73,7 @@ def load_rows(ref: Any) -> tuple[Array, Any]:
 
 
 def load_lines(ref: Any) -> Array:
-    """float32 of a [128, 128] view, each thread with a line of it: loaded one by one, then taken as runs of four."""
+    """float32 of a view of 128 lines, each thread with a line of it: loaded one by one, then taken as runs of four."""
     return plgpu.layout_cast(plgpu.load(ref, layout=LINE(1)), LINE(4)).astype(jnp.float32)
 
 
@@ -136,7 +136,7 @@ def launch(body: Callable, name: str, *, out: dict, scratch: dict, grid_names: t
 
 
 def scale_of_columns(largest: Any, power_of_two: bool) -> Array:
-    """The scales of 128x1 tiles, from `keys_of` each warpgroup's rows of them: [QUARTERS, columns] in shared memory."""
+    """The scales of 128x1 tiles, from `keys_of` each quarter's rows of them: [QUARTERS, columns] in shared memory."""
     keys = [plgpu.load(largest.at[q], layout=LINE(4).reduce(1)) for q in range(QUARTERS)]
     return tile_scale(largest_of(functools.reduce(jnp.maximum, keys)), power_of_two)
 
