@@ -48,9 +48,10 @@ def wgrad(
     if not use_pallas(impl):
         return reference.wgrad(a, a_scales, b, b_scales, addend)
     operands = a, a_scales, b, b_scales, None
-    number = pieces(a.shape, b.shape, sm_count()) if addend is None else 1  # the kernel can add to one output only
+    number = pieces(a.shape, b.shape, sm_count())
     if number > 1:
-        return run(Product("row", "pieces", "float32"), operands, number).sum(0)
+        product = run(Product("row", "pieces", "float32"), operands, number).sum(0)
+        return product if addend is None else addend + product
     return run(Product("row", out="float32"), operands, addend=addend)
 
 

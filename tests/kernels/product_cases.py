@@ -89,13 +89,15 @@ class ProductCases:
         out = self.run("wgrad", a.values, a.scales, b.values, b.scales, None if addend is None else jnp.asarray(addend))
         assert_near(out, a.full @ b.full.T + (0 if addend is None else addend), F32_ERROR)
 
-    def test_wgrad_in_pieces(self):
+    @pytest.mark.parametrize("added", [False, True])
+    def test_wgrad_in_pieces(self, added):
         rng = np.random.default_rng(7)
         m, n, k = self.pieced
         a, b = Columns(rough(rng, m, k)), Columns(rough(rng, n, k))
-        out = self.run("wgrad", a.values, a.scales, b.values, b.scales)
+        addend = np.float32(rng.normal(size=(m, n)) * 100) if added else None
+        out = self.run("wgrad", a.values, a.scales, b.values, b.scales, None if addend is None else jnp.asarray(addend))
         assert out.shape == (m, n)
-        assert_near(out, a.full @ b.full.T, F32_ERROR)
+        assert_near(out, a.full @ b.full.T + (0 if addend is None else addend), F32_ERROR)
 
     def test_wgrad_of_scales_in_parts(self):
         """As quantizers make them for either operand: also where their last tile of columns is not full."""
