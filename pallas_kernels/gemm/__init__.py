@@ -11,7 +11,7 @@ from jaxtyping import Array, BFloat16, Float, Float32
 
 from pallas_kernels.backend import sm_count, use_pallas
 from pallas_kernels.gemm import reference
-from pallas_kernels.gemm.product import LINE, SWIZZLE, Product
+from pallas_kernels.gemm.product import LINE, SWIZZLE, Product, check_addend
 from pallas_kernels.gemm.tiles import choose, pieces, sizes
 from pallas_kernels.parts import ROWS, Operand, in_parts
 
@@ -49,10 +49,7 @@ def wgrad(
         return reference.wgrad(a, a_scales, b, b_scales, addend)
     operands = a, a_scales, b, b_scales, None
     number = pieces(a.shape, b.shape, sm_count())
-    if number > 1:
-        product = run(Product("row", "pieces", "float32"), operands, number).sum(0)
-        return product if addend is None else addend + product
-    return run(Product("row", out="float32"), operands, addend=addend)
+    return run(Product("row", "pieces" if number > 1 else "none", "float32"), operands, number, addend=addend)
 
 
 Operands = tuple[Array, Array | None, Array, Array | None, Array | None]  # a, a_scales, b, b_scales, index of groups
@@ -61,7 +58,7 @@ Operands = tuple[Array, Array | None, Array, Array | None, Array | None]  # a, a
 def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: int | None = None, addend: Array | None = None) -> Array:
     """The kernel with the tile that the model picks, on operands that it can load (see `whole_tiles`).
 
-    An addend that lacks the rows which pad the output is added afterwards.
+    Pieces are added up. The kernel adds to an addend itself, but not pieces, nor to one that lacks the rows which pad the output.
     """
     from pallas_kernels.gemm import hopper  # only here: Mosaic GPU takes a second to import, and on a CPU nobody calls it
 
@@ -72,7 +69,7 @@ def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: 
     padded_rows, _, _ = sizes(product, a.shape, b.shape, n_groups)
     sms = sm_count()
     config = choose(product, a.shape, b.shape, sms, n_groups, rows_together)
-    inside, outside = (addend, None) if rows == padded_rows else (None, addend)
+    inside, outside = (addend, None) if rows == padded_rows and product.groups != "pieces" else (None, addend)
     if product.scales == "row":
         assert a_scales is not None and b_scales is not None
         a_scales, b_scales = _parts(a_scales, "left", config.block_m), _parts(b_scales, "right", config.block_n)
@@ -80,7 +77,11 @@ def run(product: Product, operands: Operands, n_groups: int = 1, rows_together: 
         a_scales, b_scales = _whole_lines(a_scales, config.block_m), _whole_lines(b_scales, LINE)
     out = hopper.multiply(product, config, a, a_scales, b, b_scales, index, inside, n_groups=n_groups, sm_count=sms)
     out = out[..., :rows, :]
-    return out if outside is None else out + outside
+    out = out.sum(0) if product.groups == "pieces" else out
+    if outside is None:
+        return out
+    check_addend(outside, out.shape, product.out)
+    return out + outside
 
 
 def whole_tiles(x: Array) -> Array:

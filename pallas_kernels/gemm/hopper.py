@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gemm.consumer import consume
 from pallas_kernels.gemm.kernel import Kernel
 from pallas_kernels.gemm.producer import produce
-from pallas_kernels.gemm.product import Product, TuningConfig
+from pallas_kernels.gemm.product import Product, TuningConfig, check_addend
 
 
 # Jitted, so that it is traced once for each shape: kernels that differ in source locations alone would all be compiled.
@@ -59,8 +59,8 @@ def multiply(
     its shape and type, in place; XLA copies an addend that is used elsewhere.
     """
     kernel = Kernel(product, config, a.shape, b.shape, n_groups, jnp.dtype(a.dtype).itemsize, addend is not None)
-    if addend is not None and (addend.shape, addend.dtype) != (kernel.out_shape, product.out):
-        raise ValueError(f"addend: {addend.dtype}{list(addend.shape)}: has to be {product.out}{list(kernel.out_shape)}, as the output")
+    if addend is not None:
+        check_addend(addend, kernel.out_shape, product.out)
     operands = {name: x for name, x in zip(_OPERANDS, (a, a_scales, b, b_scales, index), strict=True) if x is not None}
     clusters: dict[str, Any] = dict(cluster=(config.cluster_size,), cluster_names=("cluster",)) if config.cluster else {}
     run = plgpu.kernel(

@@ -1,7 +1,7 @@
 """What a product is, and how it is cut up for the machine: known without the kernel, whose import takes a second."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 GROUP = 128  # contraction elements under one scale, and the columns under one scale of a weight block
 SWIZZLE = 128  # bytes: one row of an operand slot
@@ -65,3 +65,9 @@ class Product:
     def per_group(self) -> bool:
         """Whether every group has its own output, and tiles of its own."""
         return self.groups in ("masked", "contraction", "pieces")
+
+
+def check_addend(addend: Any, shape: tuple[int, ...], dtype: str) -> None:
+    """Raises ValueError unless it is like the output: TMA would add what fits, XLA what can be made to."""
+    if (addend.shape, addend.dtype) != (shape, dtype):
+        raise ValueError(f"addend: {addend.dtype}{list(addend.shape)}: has to be {dtype}{list(shape)}, as the output")

@@ -82,17 +82,15 @@ class ProductCases:
 
     @pytest.mark.parametrize("added", [False, True])
     def test_wgrad(self, added):
-        rng = np.random.default_rng(1)
-        m, n, k = self.wgrads[added]
-        a, b = Columns(rough(rng, m, k)), Columns(rough(rng, n, k))
-        addend = np.float32(rng.normal(size=(m, n)) * 100) if added else None
-        out = self.run("wgrad", a.values, a.scales, b.values, b.scales, None if addend is None else jnp.asarray(addend))
-        assert_near(out, a.full @ b.full.T + (0 if addend is None else addend), F32_ERROR)
+        self.check_wgrad(1, self.wgrads[added], added)
 
     @pytest.mark.parametrize("added", [False, True])
     def test_wgrad_in_pieces(self, added):
-        rng = np.random.default_rng(7)
-        m, n, k = self.pieced
+        self.check_wgrad(7, self.pieced, added)
+
+    def check_wgrad(self, seed, sizes, added):
+        rng = np.random.default_rng(seed)
+        m, n, k = sizes
         a, b = Columns(rough(rng, m, k)), Columns(rough(rng, n, k))
         addend = np.float32(rng.normal(size=(m, n)) * 100) if added else None
         out = self.run("wgrad", a.values, a.scales, b.values, b.scales, None if addend is None else jnp.asarray(addend))

@@ -139,6 +139,16 @@ def test_an_addend_of_another_shape_or_type_is_refused():
             jax.eval_shape(run, *shapes(product, 4096, 2112, 7168, 1), jax.ShapeDtypeStruct(shape, dtype))
 
 
+def test_an_addend_of_pieces_of_another_shape_or_type_is_refused(monkeypatch):
+    """XLA would repeat it, or convert."""
+    monkeypatch.setattr(gemm, "sm_count", lambda: 132)
+    product = Product("row", "pieces", "float32")
+    run = lambda operands, addend: gemm.run(product, operands, 2, addend=addend)  # noqa: E731
+    for shape, dtype in (((2112,), jnp.float32), ((4096, 2112), jnp.bfloat16)):
+        with pytest.raises(ValueError, match=r"has to be float32\[4096, 2112\]"):
+            jax.eval_shape(run, tuple(shapes(product, 4096, 2112, 7168, 1)), jax.ShapeDtypeStruct(shape, dtype))
+
+
 @pytest.mark.parametrize("shape", [(1, 7168, 576), (130, 144, 272), (4100, 2064, 7184)])
 def test_odd_sizes_can_be_lowered(shape, monkeypatch):
     """TMA's rules about divisibility are checked in lowering only."""
