@@ -84,7 +84,7 @@ def rows() -> list[Row]:
         whole = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=bf16)  # noqa: E731
         table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k))
     for m, n, k in (*WGRAD, *PIECES):
-        shapes = ((k // 128, m, 128), f8), ((k // 128, m), f32), ((k // 128, n, 128), f8), ((k // 128, n), f32)
+        shapes = _turned(m, n, k)
         table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k, several=True))
         question = {"kind": "wgrad", "m": m, "n": n, "k": k}
         with_addend = *shapes, ((m, n), f32)
@@ -106,12 +106,17 @@ def rows() -> list[Row]:
         question = {"kind": "grouped", "owners": owners.tolist(), "groups": UNEVEN, "n": n, "k": k}
         table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, owners, question=question))
     e, m, n, k = 4, 4096, 7168, 8192
-    steps = e * k // 128
-    shapes = ((steps, m, 128), f8), ((steps, m), f32), ((steps, n, 128), f8), ((steps, n), f32)
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
     run = lambda a, sa, b, sb: grouped_gemm.grouped_wgrad(a, sa, b, sb, first)  # noqa: E731
     question = {"kind": "grouped wgrad", "groups": e, "m": m, "n": n, "k": k}
-    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, 2 * e * m * n * k, several=True, question=question)]
+    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, _turned(m, n, e * k), 2 * e * m * n * k, several=True, question=question)]
+
+
+def _turned(m: int, n: int, k: int) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Operands of Wgrad over k tokens, and their scales."""
+    steps = k // 128
+    sides = ((((steps, columns, 128), "float8_e4m3fn"), ((steps, columns), "float32")) for columns in (m, n))
+    return tuple(operand for side in sides for operand in side)
 
 
 def _uneven(tiles: int) -> Any:

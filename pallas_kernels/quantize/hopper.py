@@ -169,12 +169,16 @@ def quantize_both(x: Array, power_of_two: bool, operand: Operand | None = None, 
     m, k = x.shape
     check_width("x", k)
     blocks, mp = pl.cdiv(k, BLOCK), padded(m)
-    of_scales_t = of_columns(k, mp // BLOCK, operand)
     values, scales, values_t, scales_t = launch(
         functools.partial(_both_body, power_of_two=power_of_two, operand=operand),
         "quantize_both",
         grid=(mp // BLOCK, blocks),
-        out=dict(values=((m, k), E4M3), scales=((blocks, mp), jnp.float32), values_t=((mp // BLOCK, k, BLOCK), E4M3), scales_t=of_scales_t),
+        out=dict(
+            values=((m, k), E4M3),
+            scales=((blocks, mp), jnp.float32),
+            values_t=((mp // BLOCK, k, BLOCK), E4M3),
+            scales_t=of_columns(k, mp // BLOCK, operand),
+        ),
         scratch=dict(
             x_s=tile_of(x.dtype, BLOCK, BLOCK, width=k),
             values_s=tile_of(E4M3, BLOCK, BLOCK, width=k),

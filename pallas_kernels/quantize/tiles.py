@@ -50,7 +50,7 @@ EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replic
 
 def once(f: Callable) -> Callable:
     """Traces f once for each shape, whoever calls: kernels that differ in source locations alone would all be compiled."""
-    static = {"power_of_two", "act_power_of_two", "keep", "operand", "parts", "config", "sm_count", "interpret"}
+    static = {"power_of_two", "act_power_of_two", "keep", "operand", "parts", "sm_count", "interpret"}
     return jax.jit(f, static_argnames=tuple(name for name in inspect.signature(f).parameters if name in static))
 
 
