@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gemm import wgmma
-from pallas_kernels.gemm.kernel import Kernel, Tile, corner, live_tiles, locate, next_slot, tile_loop
+from pallas_kernels.gemm.kernel import Kernel, Tile, corner, live_tiles, locate, next_slot, output_of, tile_loop
 from pallas_kernels.gemm.product import LINE, WAVE
 from pallas_kernels.parts import ROWS
 
@@ -210,7 +210,7 @@ def _store(kernel: Kernel, refs: Any, warpgroup: jax.Array, tile: Tile, sums: An
     """Registers to a slot of shared memory to the output, or added to it; TMA clips what lies outside of it."""
     c = kernel.config
     width = kernel.store_columns
-    out = refs["out"].at[tile.group] if len(kernel.out_shape) == 3 else refs["out"]
+    out = output_of(kernel, refs, tile)
     pieces = [(wave, at, total[:, at : at + width]) for wave, total in enumerate(sums) for at in range(0, c.block_n, width)]
     for first in range(0, len(pieces), c.store_slots):
         together = list(enumerate(pieces[first : first + c.store_slots]))

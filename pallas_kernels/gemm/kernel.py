@@ -144,6 +144,11 @@ def locate(kernel: Kernel, refs: Any, live: tuple[Any, int], index: tuple[jax.Ar
     return Tile(row, column, group, first, end - first)
 
 
+def output_of(kernel: Kernel, refs: Any, tile: Tile) -> Any:
+    """The matrix that a tile is a part of: its group's, if every group has one."""
+    return refs["out"].at[tile.group] if kernel.product.per_group else refs["out"]
+
+
 def corner(config: TuningConfig, mi: jax.Array, ni: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First row and column of a tile; a cluster holds neighbours."""
     if config.cluster == "m":

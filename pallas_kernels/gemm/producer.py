@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gemm.kernel import Kernel, Tile, live_tiles, locate, next_slot, tile_loop
+from pallas_kernels.gemm.kernel import Kernel, Tile, live_tiles, locate, next_slot, output_of, tile_loop
 from pallas_kernels.gemm.product import LINE
 from pallas_kernels.parts import ROWS
 
@@ -28,6 +28,8 @@ def produce(kernel: Kernel, refs: Any, side: Literal["a", "b"]) -> None:
             slot, filled = carry
             pl.when(filled >= stages)(lambda: plgpu.barrier_wait(refs["freed"].at[slot]))
             copy(kernel, refs, tile, tile.first_step + k, slot)
+            if kernel.adds and side == "b":
+                pl.when(k == lax.div(jnp.int32(tile.steps), 2))(lambda: _fetch_addend(kernel, refs, tile))
             return next_slot(slot, stages), filled + 1
 
         return lax.fori_loop(0, tile.steps, step, carry)
@@ -41,6 +43,12 @@ def produce(kernel: Kernel, refs: Any, side: Literal["a", "b"]) -> None:
         return next_slot(slot, stages)
 
     lax.fori_loop(0, lax.min(filled, jnp.int32(stages)), drain, oldest)
+
+
+def _fetch_addend(kernel: Kernel, refs: Any, tile: Tile) -> None:
+    """What a tile will be added to, into L2: copies of operands queue behind an addition that waits for memory."""
+    rows, columns = pl.ds(tile.row, kernel.config.block_m), pl.ds(tile.column, kernel.config.block_n)
+    plgpu.async_prefetch(output_of(kernel, refs, tile).at[rows, columns])
 
 
 def _copy_a(kernel: Kernel, refs: Any, tile: Tile, k: jax.Array, slot: jax.Array) -> None:

@@ -46,7 +46,7 @@ _BLOCK_ROWS = (
     Candidate(TuningConfig(128, 128, stages=5, overlap=True, cluster="n", store_slots=2), 387, 550),
     _LARGE,
 )
-_ROW = (Candidate(TuningConfig(stages=4, steps=4, store_slots=2), 467, 230),)
+_ROW = (Candidate(TuningConfig(stages=5, steps=4, store_slots=2), 431, 1634),)
 _BF16 = (
     Candidate(TuningConfig(128, 128), 660, 750),
     Candidate(TuningConfig(128, 256, stages=4), 1300, 900),

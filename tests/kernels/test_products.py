@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench.tiles import fit
+from experiments.bench.tiles import fit, operands
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
 from pallas_kernels.gemm.product import LINE, Product, TuningConfig
@@ -88,20 +88,9 @@ def test_every_candidate_can_be_lowered(product):
         jax.jit(run).trace(*shapes(product, 4096, 2112, 7168, 8)).lower(lowering_platforms=("cuda",))
 
 
-def shapes(product, m, n, k, e):
-    dtype = jnp.bfloat16 if product.scales == "none" else jnp.float8_e4m3fn
-    steps, each_a, each_b = -(-k // 128), (e,) * (product.groups == "masked"), (e,) * (product.groups in ("rows", "masked"))
-    turned = product.scales == "none" and product.groups == "contraction"
-    a, b = ((k, m), (k, n)) if turned else ((*each_a, m, k), (*each_b, *((k, n) if product.weights_lie else (n, k))))
-    rows = product.scales == "row"  # whose scales come in parts
-    a, b = ((steps, m, 128), (steps, n, 128)) if rows else (a, b)
-    a_scales = (steps, m // 8, 64) if rows else (*each_a, steps, -(-m // 128) * 128)
-    b_scales = (steps, n // 8, 64) if rows else (*each_b, -(-n // 128), steps)
-    index = {"none": None, "rows": m // 128 + 1, "masked": e, "contraction": e + 1, "pieces": None}[product.groups]
-    of_scales = jnp.bfloat16 if rows else jnp.float32
-    kinds = [(a, dtype), (a_scales, of_scales), (b, dtype), (b_scales, of_scales)]
-    operands = [jax.ShapeDtypeStruct(*kind) if product.scales != "none" or kind[1] == dtype else None for kind in kinds]
-    return [*operands, None if index is None else jax.ShapeDtypeStruct((index,), jnp.int32)]
+def shapes(product, *sizes):
+    found = operands(product, *sizes)
+    return [found.get(name) for name in ("a", "a_scales", "b", "b_scales", "index")]
 
 
 @pytest.mark.parametrize("groups", ["none", "contraction"])
