@@ -1,12 +1,12 @@
 """Implementations of causal attention to compare, what they have to compute, and how far off they are."""
 
 import functools
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
 
 from dsv3_jax.config import ModelConfig
+from experiments.bench.peer import has_tokamax
 
 Attend = Callable[[Any, Any, Any], Any]  # q, k, v
 
@@ -29,7 +29,7 @@ def implementations(config: ModelConfig) -> dict[str, Attend]:
         found["cuDNN, V padded"] = ours("cudnn")
     if is_hopper():
         found["pallas_kernels"] = ours("pallas")
-        if all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton")):  # its kernels need both
+        if has_tokamax():
             found["tokamax"] = functools.partial(_tokamax(), logits_scale=scale, is_causal=True)
     return found
 

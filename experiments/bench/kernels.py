@@ -1,11 +1,11 @@
-"""Speed of the products for Hopper at the sizes of DeepSeek-V3, with their error, beside XLA's, and DeepGEMM's and PyTorch's if installed.
+"""Speed of the products for Hopper at the sizes of DeepSeek-V3, with their error, beside those of XLA, and of peers that are installed.
 
     uv run -m experiments.bench.kernels
 
 Times are those of the kernel alone, from CUPTI: medians of calls with a cold L2 (a large buffer is written before each)
 and of calls back to back. Random operands. The error is relative, by Frobenius norm, against a float32 product of the
-dequantized operands, on the first rows. DeepGEMM is timed in the same way, in a process of its own. PyTorch's block-scaled product
-(cuBLASLt, the same scales) is timed by events after a flush of L2. Needs a Hopper GPU.
+dequantized operands, on the first rows. DeepGEMM is timed in the same way, in a process of its own, tokamax (bfloat16)
+beside ours. PyTorch's block-scaled product (cuBLASLt, the same scales) is timed by events after a flush of L2. Needs a Hopper GPU.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from experiments.bench.peer import Peer
+from experiments.bench.peer import Peer, has_tokamax
 from experiments.bench.timing import draw, kernel_seconds, require_hopper
 
 ONLY = flags.DEFINE_list("only", [""], "Time only rows whose name holds one of these.")
@@ -98,6 +98,8 @@ def rows() -> list[Row]:
             question = {"kind": "grouped", "owners": owners.tolist(), "groups": e, "n": n, "k": k}
             table.append(Row(f"grouped {e} x {each},{n},{k}", grouped, shapes, 2 * m * n * k, owners, question=question))
             table.append(Row(f"grouped bfloat16 {e} x {each},{n},{k}", half, (((m, k), bf16), ((e, n, k), bf16)), 2 * m * n * k, owners))
+            if ragged := tokamax_product(e, each):
+                table.append(Row(f"tokamax, bfloat16 {e} x {each},{n},{k}", ragged, (((m, k), bf16), ((e, k, n), bf16)), 2 * m * n * k))
     owners = _uneven(256)
     for n, k in EXPERT:
         m = 128 * len(owners)
@@ -117,6 +119,21 @@ def _turned(m: int, n: int, k: int) -> tuple[tuple[tuple[int, ...], str], ...]:
     steps = k // 128
     sides = ((((steps, columns, 128), "float8_e4m3fn"), ((steps, columns), "float32")) for columns in (m, n))
     return tuple(operand for side in sides for operand in side)
+
+
+def tokamax_product(groups: int, each: int) -> Callable[..., Any] | None:
+    """As many rows of each group times its weights [groups, k, n], by tokamax's kernel for Hopper, if it is installed.
+
+    In tiles that were the fastest of a sweep: its own choice reaches half of that.
+    """
+    if not has_tokamax():
+        return None
+    import jax.numpy as jnp
+    from tokamax.ops.gpu import PallasMosaicRaggedDot, PallasMosaicRaggedDotConfig
+
+    tiles = PallasMosaicRaggedDotConfig(block_m=128, block_n=192, block_k=64, num_stages=4, split_k=1, grid_tile_width=8)
+    run = PallasMosaicRaggedDot(config=tiles)
+    return lambda a, b: run(a, b, group_sizes=jnp.full(groups, each, jnp.int32))
 
 
 def _uneven(tiles: int) -> Any:

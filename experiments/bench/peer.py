@@ -1,6 +1,7 @@
-"""Another process, of an interpreter that has torch and a peer, that answers questions while it runs: a line of JSON each."""
+"""Peers to compare with: libraries, and other processes, of an interpreter that has them, which answer questions in lines of JSON."""
 
 import contextlib
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any
 from dsv3_jax.config import Config, to_dict
 
 ROOT = Path(__file__).parents[2]  # a peer's script runs as a module: by its path, the files beside it would hide packages of their names
+
+
+def has_tokamax() -> bool:
+    """Whether its kernels can run, which jax-triton has to be there for."""
+    return all(importlib.util.find_spec(name) for name in ("tokamax", "jax_triton"))
 
 
 class Peer:
