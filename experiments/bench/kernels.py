@@ -5,7 +5,8 @@
 Times are those of the kernel alone, from CUPTI: medians of calls with a cold L2 (a large buffer is written before each)
 and of calls back to back. Random operands. The error is relative, by Frobenius norm, against a float32 product of the
 dequantized operands, on the first rows. DeepGEMM is timed in the same way, in a process of its own, tokamax (bfloat16)
-beside ours. PyTorch's block-scaled product (cuBLASLt, the same scales) is timed by events after a flush of L2. Needs a Hopper GPU.
+beside ours. PyTorch's block-scaled product (cuBLASLt, the same scales) and a plain one in Triton are timed by events after a flush
+of L2. Needs a Hopper GPU.
 """
 
 import dataclasses
@@ -54,9 +55,8 @@ def main() -> int:
     if importlib.util.find_spec("deep_gemm"):
         for text in deep_gemm_lines(table):
             print(text, flush=True)
-    for m, n, k in DENSE:
-        if wanted(f"PyTorch {m},{n},{k}"):
-            print(f"{f'PyTorch, block-scaled {m},{n},{k}':<44} {torch_rate(m, n, k)}", flush=True)
+    for text in torch_lines():
+        print(text, flush=True)
     return 0
 
 
@@ -109,9 +109,12 @@ def rows() -> list[Row]:
         table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, owners, question=question))
     e, m, n, k = 4, 4096, 7168, 8192
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
-    run = lambda a, sa, b, sb: grouped_gemm.grouped_wgrad(a, sa, b, sb, first)  # noqa: E731
+    run = lambda a, sa, b, sb, *addend: grouped_gemm.grouped_wgrad(a, sa, b, sb, first, *addend)  # noqa: E731
+    shapes, flops = _turned(m, n, e * k), 2 * e * m * n * k
+    table.append(Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, flops, several=True))
     question = {"kind": "grouped wgrad", "groups": e, "m": m, "n": n, "k": k}
-    return [*table, Row(f"grouped wgrad {e} x {m},{n},{k}", run, _turned(m, n, e * k), 2 * e * m * n * k, several=True, question=question)]
+    with_addend = *shapes, ((e, m, n), f32)
+    return [*table, Row(f"grouped wgrad, accumulated {e} x {m},{n},{k}", run, with_addend, flops, several=True, question=question)]
 
 
 def _turned(m: int, n: int, k: int) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -169,27 +172,17 @@ def deep_gemm_lines(table: Iterable[Row]) -> Iterator[str]:
         peer.leave()
 
 
-def torch_rate(m: int, n: int, k: int) -> str:
-    """TFLOP/s of cuBLASLt's product with 1x128 and 128x128 scales, through PyTorch, or why there is none."""
+def torch_lines() -> Iterator[str]:
+    """Lines of what comes with PyTorch, or of why there are none."""
     try:
-        import torch
-        from torch.nn.functional import ScalingType, scaled_mm
-        from triton.testing import do_bench
-    except ImportError as error:
-        return f"not installed ({error})"
-    a, b = (torch.randn(rows, k, device="cuda").to(torch.float8_e4m3fn) for rows in (m, n))
-    a_scales = torch.rand(k // 128, m, device="cuda").t()  # rows are neighbours, as cuBLASLt wants them
-    b_scales = torch.rand(-(-n // 128), k // 128, device="cuda").t()
-    kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-
-    def run() -> Any:
-        return scaled_mm(a, b.t(), a_scales, kinds[0], b_scales, kinds[1], output_dtype=torch.bfloat16)
-
-    try:
-        milliseconds = do_bench(run, return_mode="median")
-    except RuntimeError as error:  # shapes that cuBLASLt has no product for
-        return f"refused: {str(error).splitlines()[0][:60]}"
-    return f"{2 * m * n * k / milliseconds / 1e9:>7.0f}"
+        from experiments.bench import kernels_torch
+    except ImportError as reason:
+        yield f"PyTorch and Triton: not installed ({reason})"
+        return
+    for m, n, k in DENSE:
+        for peer in kernels_torch.PEERS:
+            if wanted(name := f"{peer} {m},{n},{k}"):
+                yield f"{name:<44} {kernels_torch.line(peer, m, n, k)}"
 
 
 def line(row: Row) -> str:

@@ -101,6 +101,7 @@ def test_the_addend_is_added_in_place_by_tma(groups):
         run = functools.partial(hopper.multiply, product, candidate.config, n_groups=8, sm_count=132)
         text = jax.jit(run).trace(*shapes(product, 4096, 2112, 7168, 8), addend).lower(lowering_platforms=("cuda",)).as_text()
         assert "cp.reduce.async.bulk.tensor" in text
+        assert "cp.async.bulk.prefetch.tensor" in text  # into L2, or operands would wait behind additions
         assert "output_operand_alias" in text
 
 
