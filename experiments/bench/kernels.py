@@ -164,7 +164,7 @@ def deep_gemm_lines(table: Iterable[Row]) -> Iterator[str]:
             if peer:
                 peer.leave()
             peer = None
-            yield f"{name:<44} not run: {found['refused']}"
+            yield not_run(name, found["refused"])
         else:
             several = f", {found['kernels']} kernels a call" if found["kernels"] > 1 else ""
             yield figures(name, row.flops, found["cold"], found["warm"], f"{found['error']:.2e}{several}")
@@ -181,8 +181,14 @@ def torch_lines() -> Iterator[str]:
         return
     for m, n, k in DENSE:
         for peer in kernels_torch.PEERS:
-            if wanted(name := f"{peer} {m},{n},{k}"):
-                yield f"{name:<44} {kernels_torch.line(peer, m, n, k)}"
+            if not wanted(name := f"{peer} {m},{n},{k}"):
+                continue
+            try:
+                seconds, relative = kernels_torch.measured(peer, m, n, k)
+            except RuntimeError as reason:
+                yield not_run(name, reason)
+            else:
+                yield figures(name, 2 * m * n * k, seconds, None, f"{relative:.2e}")
 
 
 def line(row: Row) -> str:
@@ -197,10 +203,15 @@ def line(row: Row) -> str:
     return figures(row.name, row.flops, cold, warm, error(run, operands) if row.exact else "")
 
 
-def figures(name: str, flops: int, cold: float, warm: float, remark: str) -> str:
+def figures(name: str, flops: int, cold: float, warm: float | None, remark: str) -> str:
     """A line of the table; the times in seconds."""
-    rate = [flops / seconds / 1e12 for seconds in (cold, warm)]
-    return f"{name:<44} {rate[0]:>7.0f} {rate[1]:>13.0f}          {cold * 1e6:>9.1f}  {remark}"
+    rates = [f"{flops / seconds / 1e12:.0f}" if seconds else "" for seconds in (cold, warm)]
+    return f"{name:<44} {rates[0]:>7} {rates[1]:>13}          {cold * 1e6:>9.1f}  {remark}"
+
+
+def not_run(name: str, reason: object) -> str:
+    """A line that says why there are no figures, as far as a first line says it."""
+    return f"{name:<44} not run: {str(reason).partition(chr(10))[0]}"
 
 
 def error(run: Callable[..., Any], operands: list[Any], rows_checked: int = 256) -> str:

@@ -23,22 +23,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-BLOCK = 128
+from experiments.bench.torch_blocks import BLOCK, Blocks, draw, draw_scales, first_rows, operands, relative_error
+
 REPEATS = 9
-ROWS_CHECKED = 256
 CLEARING = "FillFunctor"  # in the name of the kernel that clears L2
-
-
-class Blocks(NamedTuple):
-    """A quantized operand of two axes; a scale is for so many rows and 128 columns."""
-
-    values: torch.Tensor
-    scales: torch.Tensor
-    rows: int
-
-    def dequantized(self) -> torch.Tensor:
-        scales = self.scales.repeat_interleave(self.rows, 0)[: len(self.values)]
-        return self.values.float() * scales.repeat_interleave(BLOCK, 1)
 
 
 class Product(NamedTuple):
@@ -50,27 +38,13 @@ class Product(NamedTuple):
     right: Blocks
 
 
-def draw(*shape: int) -> torch.Tensor:
-    """Normal numbers, made in parts, which are larger than their FP8."""
-    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device="cuda")
-    for part in out.view(-1, shape[-1]).split(2**14):
-        part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device="cuda"))
-    return out
-
-
-def draw_scales(*shape: int) -> torch.Tensor:
-    """Positive numbers."""
-    return torch.empty(shape, device="cuda").uniform_(0.5, 2)
-
-
 def dense(m: int, n: int, k: int) -> Product:
     """1x128 by 128x128 scales, bfloat16."""
     import deep_gemm
 
-    a = Blocks(draw(m, k), draw_scales(k // BLOCK, m).t(), 1)
-    b = Blocks(draw(n, k), draw_scales(-(-n // BLOCK), k // BLOCK), BLOCK)
+    a, b = operands(m, n, k)
     out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-    return Product(lambda: deep_gemm.fp8_gemm_nt(a[:2], b[:2], out), *_first_rows(out, a), b)
+    return Product(lambda: deep_gemm.fp8_gemm_nt(a[:2], b[:2], out), *first_rows(out, a), b)
 
 
 def grouped(owners: list[int], groups: int, n: int, k: int) -> Product:
@@ -86,7 +60,7 @@ def grouped(owners: list[int], groups: int, n: int, k: int) -> Product:
     def run() -> None:
         deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a[:2], (weights, scales), out, owner_of_row)
 
-    return Product(run, *_first_rows(out, a, BLOCK), Blocks(weights[owners[0]], scales[owners[0]], BLOCK))
+    return Product(run, *first_rows(out, a, BLOCK), Blocks(weights[owners[0]], scales[owners[0]], BLOCK))
 
 
 def wgrad(m: int, n: int, k: int) -> Product:
@@ -95,7 +69,7 @@ def wgrad(m: int, n: int, k: int) -> Product:
 
     a, b = (Blocks(draw(rows, k), draw_scales(k // BLOCK, rows).t(), 1) for rows in (m, n))
     out = torch.zeros(m, n, device="cuda")
-    return Product(lambda: deep_gemm.fp8_gemm_nt(a[:2], b[:2], out, c=out, recipe=(1, 1, BLOCK)), *_first_rows(out, a), b)
+    return Product(lambda: deep_gemm.fp8_gemm_nt(a[:2], b[:2], out, c=out, recipe=(1, 1, BLOCK)), *first_rows(out, a), b)
 
 
 def grouped_wgrad(groups: int, m: int, n: int, k: int) -> Product:
@@ -111,22 +85,17 @@ def grouped_wgrad(groups: int, m: int, n: int, k: int) -> Product:
         deep_gemm.k_grouped_fp8_gemm_nt_contiguous((a.view(-1), a_scales), (b.view(-1), b_scales), out, depths, depths_there, c=out)
 
     first, right = (Blocks(x[0], scales[:, : k // BLOCK], 1) for x, scales in ((a, a_scales), (b, b_scales)))
-    return Product(run, *_first_rows(out[0], first), right)
-
-
-def _first_rows(out: torch.Tensor, a: Blocks, rows: int = ROWS_CHECKED) -> tuple[torch.Tensor, Blocks]:
-    return out[:rows], Blocks(a.values[:rows], a.scales[:rows], 1)
+    return Product(run, *first_rows(out[0], first), right)
 
 
 PRODUCTS: dict[str, Callable[..., Product]] = {"dense": dense, "grouped": grouped, "wgrad": wgrad, "grouped wgrad": grouped_wgrad}
 
 
 def error(product: Product) -> float:
-    """Relative, by Frobenius norm, against a float32 product of the dequantized operands."""
+    """Of the rows that are compared."""
     product.out.zero_()
     product.run()
-    expected = product.left.dequantized() @ product.right.dequantized().t()
-    return float(torch.linalg.norm(product.out.float() - expected) / torch.linalg.norm(expected))
+    return relative_error(product.out, product.left, product.right)
 
 
 def kernel_seconds(run: Callable[[], Any], cold: bool) -> tuple[float, int]:

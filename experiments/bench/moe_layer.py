@@ -37,9 +37,7 @@ def main() -> int:
         run = layer(config, policy).lower(*arguments).compile()
         seconds[policy] = median_seconds(run, *arguments, repeats=REPEATS.value)
         gpus = traced(partial(in_a_row, run, arguments))
-        kernels[policy], kinds[policy] = (
-            {name: ms / TRACED for name, ms in times.items()} for times in (by_name(gpus), by_name(gpus, kind_of(run.as_text())))
-        )
+        kernels[policy], kinds[policy] = a_call(by_name(gpus)), a_call(by_name(gpus, kind_of(run.as_text())))
         print(f"{policy:<5} {seconds[policy] * 1e3:8.2f} ms  {flops / seconds[policy] / 1e12:7.1f} TFLOP/s", flush=True)
     dtype = config.train.compute_dtype
     print(
@@ -56,6 +54,11 @@ def in_a_row(run: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     for _ in range(TRACED):
         out = run(*arguments)
     return out
+
+
+def a_call(times: dict[str, float]) -> dict[str, float]:
+    """Times of one of them."""
+    return {name: ms / TRACED for name, ms in times.items()}
 
 
 if __name__ == "__main__":
