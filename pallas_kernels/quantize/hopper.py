@@ -87,7 +87,7 @@ def quantize_rows(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[
     blocks = pl.cdiv(k, BLOCK)
     tiles = math.gcd(blocks, SIDE_BY_SIDE)
     values, scales = launch(
-        functools.partial(_rows_body, tiles=tiles, power_of_two=power_of_two),
+        functools.partial(_rows_body, power_of_two=power_of_two),
         "quantize_rows",
         grid=(padded(m) // QUARTER, blocks // tiles),
         out=dict(values=((m, k), E4M3), scales=((blocks, padded(m)), jnp.float32)),
@@ -103,17 +103,23 @@ def quantize_rows(x: Array, power_of_two: bool, interpret: Any = None) -> tuple[
     return values[:rows], scales
 
 
-def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, tiles, power_of_two):
+def _rows_body(x, values, scales, *, x_s, values_s, scales_s, loaded, power_of_two):
+    copies = []
+    for j, rows, column in _side_by_side(x, x_s, loaded):
+        values_s[j], scales_s[j] = quantize_lines(*load_rows(x_s.at[j]), power_of_two, kind_of(x))
+        copies += [(values_s.at[j], values.at[rows, at_block(column)]), (scales_s.at[j], scales.at[column, rows])]
+    store_all(copies)
+
+
+def _side_by_side(x, x_s, loaded):
+    """Loads all tiles of a block. As each is there: its number, its rows, and which it is along them."""
+    tiles = x_s.shape[0]
     rows, first = at_quarter(lax.axis_index("row")), lax.axis_index("column") * tiles
     for j in range(tiles):
         plgpu.copy_gmem_to_smem(x.at[rows, at_block(first + j)], x_s.at[j], loaded.at[j])
     for j in range(tiles):
         plgpu.barrier_wait(loaded.at[j])
-        values_s[j], scales_s[j] = quantize_lines(*load_rows(x_s.at[j]), power_of_two, kind_of(x))
-    store_all(
-        [(values_s.at[j], values.at[rows, at_block(first + j)]) for j in range(tiles)]
-        + [(scales_s.at[j], scales.at[first + j, rows]) for j in range(tiles)]
-    )
+        yield j, rows, first + j
 
 
 @once
@@ -126,7 +132,7 @@ def quantize_and_keep(x: Array, interpret: Any = None) -> tuple[Array, Array, Ar
     tiles = math.gcd(blocks, SIDE_BY_SIDE)
     of_lines = ((blocks, padded(m)), jnp.float32)
     values, scales, kept, kept_scales = launch(
-        functools.partial(_keep_body, tiles=tiles),
+        _keep_body,
         "quantize_and_keep",
         grid=(padded(m) // QUARTER, blocks // tiles),
         out=dict(values=((m, k), E4M3), scales=of_lines, kept=((m, k), jnp.float16), kept_scales=of_lines),
@@ -143,22 +149,18 @@ def quantize_and_keep(x: Array, interpret: Any = None) -> tuple[Array, Array, Ar
     return values[:rows], scales, kept[:rows], kept_scales
 
 
-def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, scales_s, loaded, tiles):
-    rows, first = at_quarter(lax.axis_index("row")), lax.axis_index("column") * tiles
-    for j in range(tiles):
-        plgpu.copy_gmem_to_smem(x.at[rows, at_block(first + j)], x_s.at[j], loaded.at[j])
+def _keep_body(x, values, scales, kept, kept_scales, *, x_s, values_s, kept_s, scales_s, loaded):
     copies = []
-    for j in range(tiles):
-        plgpu.barrier_wait(loaded.at[j])
+    for j, rows, column in _side_by_side(x, x_s, loaded):
         lines, layout = load_rows(x_s.at[j])
         largest = largest_of(keys_of(lines, layout))
         scale, kept_scale = tile_scale(largest, False), tile_scale(largest, True, E5M6_MAX)
         values_s[j] = quotient(lines, scale, (0,), False, SHORT, layout).astype(E4M3)
         kept_s[j] = to_e5m6(quotient(lines, kept_scale, (0,), True, SHORT, layout))
         scales_s[0, j], scales_s[1, j] = scale, kept_scale
-        here = rows, at_block(first + j)
+        here = rows, at_block(column)
         copies += [(values_s.at[j], values.at[here]), (kept_s.at[j], kept.at[here])]
-        copies += [(scales_s.at[side, j], out.at[first + j, rows]) for side, out in enumerate((scales, kept_scales))]
+        copies += [(scales_s.at[side, j], out.at[column, rows]) for side, out in enumerate((scales, kept_scales))]
     store_all(copies)
 
 

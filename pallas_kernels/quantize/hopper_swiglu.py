@@ -28,7 +28,6 @@ from pallas_kernels.quantize.pieces import load_of_rows, load_pieces, of_rows, s
 from pallas_kernels.quantize.reference import BLOCK, E4M3, swiglu_operands
 from pallas_kernels.quantize.tickets import counter, publish, take
 from pallas_kernels.quantize.tiles import (
-    FEW_ROWS,
     LINE,
     QUARTER,
     QUARTERS,
@@ -39,6 +38,7 @@ from pallas_kernels.quantize.tiles import (
     in_one_warp,
     launch,
     load_all,
+    load_rows,
     of_columns,
     once,
     padded,
@@ -93,12 +93,12 @@ def _swiglu_body(hidden, *refs, hidden_s, gates_s, values_s, scales_s, loaded, p
         + [(g.at[rows], gates_s) for g in gates],
         loaded,
     )
-    gate, up = (widened(plgpu.load(hidden_s.at[half], layout=FEW_ROWS), FEW_ROWS) for half in (0, 1))
-    act = gate * _sigmoid(gate * (1 / _UNIT), FEW_ROWS) * up
-    factor = plgpu.load(gates_s, layout=FEW_ROWS.reduce(1)) if gates else None
-    values_s[0], scales_s[0] = quantize_computed(act, FEW_ROWS, power_of_two, factor)
+    (gate, layout), (up, _) = (load_rows(hidden_s.at[half]) for half in (0, 1))
+    act = gate * _sigmoid(gate * (1 / _UNIT), layout) * up
+    factor = plgpu.load(gates_s, layout=layout.reduce(1)) if gates else None
+    values_s[0], scales_s[0] = quantize_computed(act, layout, power_of_two, factor)
     for side, lines in enumerate((gate, up)):
-        values_s[1 + side], scales_s[1 + side] = quantize_lines(lines, FEW_ROWS, False, SHORT)
+        values_s[1 + side], scales_s[1 + side] = quantize_lines(lines, layout, False, SHORT)
     store_all(
         [(values_s.at[0], values.at[rows, at_block(j)]), (scales_s.at[0], scales.at[j, rows])]
         + [(values_s.at[1 + half], hidden_values.at[rows, at_block(half * blocks + j)]) for half in (0, 1)]

@@ -2,7 +2,7 @@
 
     ROWS    four lanes share a row, each has runs of four elements: the largest of a row needs two shuffles, and E4M3 is
             stored as whole words
-    FEW_ROWS  the same for 32 rows, in runs of eight: a thread has elements of one row only, and few addresses
+    of `load_rows`  the same for 32 rows, in runs of 16 bytes: a thread has elements of one row only, and few addresses
     LINE    a thread has a line of its own: loads through a transposed view of the tile give it a column, so that the
             largest of a column needs no other thread, and the transposed tile is stored 16 bytes at a time; in
             `swiglu_backward` also a piece of a row (`pieces`)
@@ -36,14 +36,6 @@ QUARTERS = 4  # parts of a tile by rows
 QUARTER = BLOCK // QUARTERS  # rows of each
 ROWS = plgpu.Layout.WGMMA_8BIT
 LINE = plgpu.Layout.TCGEN05_TMEM_NATIVE
-
-
-def _few_rows(run: int) -> Any:
-    """Neighbouring lanes have rows, not columns, so that runs of one, two and four bytes an element all meet every bank."""
-    return plgpu.Layout.TILED(Tiling(((32, 4 * run), (8, 4 * run), (run,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
-
-
-FEW_ROWS = _few_rows(8)
 # 128 numbers, of which every warp has all: the largest needs no other warp.
 EACH_WARP = plgpu.Layout.TILED(Tiling(((BLOCK,), (4,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
@@ -66,10 +58,11 @@ def in_one_warp(warp_number: Array | int, f: Callable) -> None:
 
 
 def load_rows(ref: Any) -> tuple[Array, Any]:
-    """float32 of a [32, 128] tile, in runs of 16 bytes, and their layout."""
-    if ref.dtype == jnp.float32:
-        return plgpu.load(ref, layout=_few_rows(4)), _few_rows(4)
-    return widened(plgpu.load(ref, layout=FEW_ROWS), FEW_ROWS), FEW_ROWS
+    """float32 of a [32, 128] tile, and its layout: neighbouring lanes have rows, not columns, so that all runs meet every bank."""
+    run = 16 // ref.dtype.itemsize
+    layout = plgpu.Layout.TILED(Tiling(((32, 4 * run), (8, 4 * run), (run,))), warp_dims=(-5,), lane_dims=(-2, -3), vector_dim=-1)
+    lines = plgpu.load(ref, layout=layout)
+    return (lines if lines.dtype == jnp.float32 else widened(lines, layout)), layout
 
 
 def load_lines(ref: Any) -> Array:
