@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.precision.linear import Prepared, ffn, linear
+from dsv3_jax.precision.linear import Prepared, Roles, ffn, linear
 from dsv3_jax.precision.policy import BF16, LINEAR, Recipe, Role
 
 
@@ -109,11 +109,12 @@ class SwiGLU(nn.Module):
     ffn_size: int
     init_std: float
     recipe: Recipe = BF16
+    roles: Roles = (LINEAR, LINEAR)
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, prepared: Prepared | None = None) -> Array:
         d = x.shape[-1]
         normal = nn.initializers.normal(self.init_std)
         gate_up = self.param("gate_up_proj", normal, (d, 2, self.ffn_size), jnp.float32)
         down = self.param("down_proj", normal, (self.ffn_size, d), jnp.float32)
-        return ffn(x, gate_up.reshape(d, -1), down, self.recipe)
+        return ffn(x, gate_up.reshape(d, -1), down, self.recipe, self.roles, prepared)

@@ -18,8 +18,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import SwiGLU
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
 from dsv3_jax.parallel.expert import ALONE, Placement, arriving_pairs, combine_tokens, dispatch_tokens
-from dsv3_jax.precision.linear import routed_ffn
-from dsv3_jax.precision.policy import BF16, Recipe
+from dsv3_jax.precision.linear import Prepared, prepare, routed_ffn
+from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, Recipe
 from dsv3_jax.precision.quantize import BLOCK
 from dsv3_jax.precision.rows import Rows
 from pallas_kernels.backend import is_hopper, platform
@@ -124,11 +124,13 @@ def expert_ffn(
     rows: int,
     recipe: Recipe = BF16,
     placement: Placement = ALONE,
+    prepared: Prepared | None = None,
 ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
     """Sum over each token's experts of `gate * down(silu(x W_gate) * (x W_up))`, and the fullness of the buffers.
 
     The gate multiplies the SwiGLU output instead of the result, which is the same sum: the gradient of the
-    gate then needs no copy of the down-projection's output, the largest activation of the layer.
+    gate then needs no copy of the down-projection's output, the largest activation of the layer. `prepared`: of x, where all
+    experts are here.
     """
     e, d = gate_up.shape[:2]
     n_experts = e * placement.ranks
@@ -137,7 +139,7 @@ def expert_ffn(
     most = arriving_pairs(n, k, n_experts, placement)
     plan = plan_blocks(arrived.experts, e, rows, most if placement.hops else None)
     gates = rows_of_gates(arrived.gates, plan)
-    y = routed_ffn(arrived.x, plan.rows, gate_up.reshape(e, d, -1), gates, down, plan.block_expert, recipe)
+    y = routed_ffn(arrived.x, plan.rows, gate_up.reshape(e, d, -1), gates, down, plan.block_expert, recipe, prepared)
     fullness = jnp.maximum(arrived.fullness, (arrived.experts < e).sum() / most) if placement.hops else jnp.zeros(())
     return combine_tokens(y, arrived.plans, placement, recipe.sends_gradients), fullness
 
@@ -160,7 +162,9 @@ class Experts(nn.Module):
     placement: Placement = ALONE
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n d"], routing: Routing) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+    def __call__(
+        self, x: Float[Array, "n d"], routing: Routing, prepared: Prepared | None = None
+    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
         c = self.config
         here = c.n_routed_experts // self.placement.ranks
         if self.has_variable("params", REPLICA_SLOTS):
@@ -172,7 +176,7 @@ class Experts(nn.Module):
         rows = block_rows(routing.experts.size, here, platform())
         if self.recipe.fp8:
             rows = max(rows, BLOCK)  # a tile of Wgrad lies within a block
-        return expert_ffn(x, routing, gate_up, down, rows, self.recipe, self.placement)
+        return expert_ffn(x, routing, gate_up, down, rows, self.recipe, self.placement, prepared)
 
 
 class MoE(nn.Module):
@@ -189,10 +193,13 @@ class MoE(nn.Module):
         flat = x.reshape(-1, c.hidden_size)
         kernel = self.param("router", nn.initializers.normal(c.initializer_range), (c.hidden_size, c.n_routed_experts), jnp.float32)
         routing = route(flat, kernel, bias, c)
-        y, fullness = Experts(c, self.recipe, self.placement, name="experts")(flat, routing)
+        # Of both kinds of experts, unless it is quantized anew where dispatch takes it.
+        prepared = prepare(flat, self.recipe, EXPERT_UP) if self.recipe.fp8 and not self.placement.hops else None
+        y, fullness = Experts(c, self.recipe, self.placement, name="experts")(flat, routing, prepared)
         if c.n_shared_experts:
             width = c.n_shared_experts * c.moe_intermediate_size
-            y = y + SwiGLU(width, c.initializer_range, self.recipe, name="shared_experts")(flat)
+            shared = SwiGLU(width, c.initializer_range, self.recipe, (EXPERT_UP, EXPERT_DOWN), name="shared_experts")
+            y = y + shared(flat, prepared)
         load = picked_counts(routing.experts, weights.reshape(-1), c.n_routed_experts)
         balance = balance_loss(routing, weights, self.balance, c, self.placement.batch_axes)
         return MoEOutput(y.reshape(x.shape), load, balance, fullness)

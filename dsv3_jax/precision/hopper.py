@@ -99,17 +99,16 @@ def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, 
 
 
 def ffn(
-    x: Float[Array, "n d"], up: Array, gates: Float32[Array, " m"] | None, down: Array, routed: Routed | None, roles: tuple[Role, Role]
-) -> tuple[Float[Array, "n n_out"], Kept, Kept]:
-    """`(gates * swiglu(x up)) down`, and what is kept of x and of the input of SwiGLU. `routed`: of the rows of each token, summed.
+    x: Kept, up: Array, gates: Float32[Array, " m"] | None, down: Array, routed: Routed | None, down_role: Role
+) -> tuple[Float[Array, "n n_out"], Kept]:
+    """`(gates * swiglu(x up)) down`, and what is kept of the input of SwiGLU. `routed`: of the rows of each token, summed.
 
-    Of x tokens are kept, not their copies in the rows of experts.
+    x are tokens, not their copies in the rows of experts: so tokens are what a backward pass keeps.
     """
     rows, owned = routed or (None, None)
-    inputs = Kept(*quantize_rows(x, roles[0].input_power_of_two, _IMPL))
-    hidden = fprop(inputs if rows is None else _arranged(inputs, rows), up, owned)
-    *activated, values, scales = swiglu_quantize(hidden, gates, roles[1].input_power_of_two, _IMPL)
-    return _summed(fprop(Kept(*activated), down, owned), rows), inputs, Kept(values, scales)
+    hidden = fprop(x if rows is None else _arranged(x, rows), up, owned)
+    *activated, values, scales = swiglu_quantize(hidden, gates, down_role.input_power_of_two, _IMPL)
+    return _summed(fprop(Kept(*activated), down, owned), rows), Kept(values, scales)
 
 
 def ffn_gradients(
@@ -153,11 +152,16 @@ def _cast(kernel: Array, x: Array) -> Array:
 
 
 def _gradient_of_rows(dy: Array, rows: Rows | None, power_of_two: bool) -> tuple[Kept, list[Array]]:
-    """Both orientations. That of tokens is rounded as dispatch sends it, and re-tiled: nothing is changed where it has been sent."""
-    if rows is None:
+    """Both orientations. What dispatch sends, by powers of two, is rounded as it sends it, and re-tiled: nothing is changed where it has
+    been sent. So routed and shared experts, whose gradient is the same, begin with the same call, which XLA makes once."""
+    if not power_of_two:
+        assert rows is None, "gradients of routed experts have scales by powers of two"
         values, scales, *columns = quantize_both(dy, power_of_two, "right", _IMPL)
         return Kept(values, scales), columns
-    gradient, columns = _turned(Kept(*quantize_rows(dy, power_of_two, _IMPL)), rows, power_of_two, True, "right")
+    tokens = Kept(*quantize_rows(dy, power_of_two, _IMPL))
+    if rows is None:
+        return tokens, [*retile(*tokens, power_of_two, "right", _IMPL)]
+    gradient, columns = _turned(tokens, rows, power_of_two, True, "right")
     assert gradient is not None
     return gradient, columns
 

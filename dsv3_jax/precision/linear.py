@@ -35,7 +35,7 @@ from pallas_kernels.backend import platform, use_pallas
 _log = logging.getLogger(__name__)
 
 BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
-_Roles = tuple[Role, Role]
+Roles = tuple[Role, Role]  # of an FFN's first and second product
 
 
 class Prepared(NamedTuple):
@@ -55,11 +55,12 @@ def linear(
 
 
 def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared:
-    """For `linear` in FP8, where another needs what its backward pass keeps of x too: made, named and kept once for both. No gradient goes
-    through it."""
+    """For FP8, where more than one need x quantized, or what a backward pass keeps of it: made, named and kept once for all. No gradient
+    goes through it."""
     rows = jax.lax.stop_gradient(_rows(x))
-    inputs, kept = hopper.quantized(rows, role) if _on_kernels(recipe, x, x.shape[-1:]) else (None, _kept(rows, recipe, role))
-    return Prepared(inputs, _named(kept, role.name))
+    if _on_kernels(recipe, x, x.shape[-1:]):
+        return _for_kernels(rows, None, role)
+    return Prepared(None, _named(_kept(rows, recipe, role), role.name))
 
 
 def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
@@ -91,10 +92,12 @@ def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
     return jax.nn.silu(gate) * up
 
 
-def swiglu_linear(hidden: Float[Array, "*b two_f"], kernel: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
+def swiglu_linear(
+    hidden: Float[Array, "*b two_f"], kernel: Float[Array, "f n"], recipe: Recipe = BF16, role: Role = LINEAR
+) -> Float[Array, "*b n"]:
     """`swiglu(hidden) @ kernel`; the backward pass keeps `hidden` (in FP8: quantized) and computes the activation again."""
     ones = jnp.ones((), hidden.dtype)
-    return _activated_product(_rows(hidden), ones, kernel, None, recipe, LINEAR).reshape(*hidden.shape[:-1], kernel.shape[1])
+    return _activated_product(_rows(hidden), ones, kernel, None, recipe, role).reshape(*hidden.shape[:-1], kernel.shape[1])
 
 
 def grouped_swiglu_linear(
@@ -108,11 +111,19 @@ def grouped_swiglu_linear(
     return _activated_product(hidden, gates.astype(hidden.dtype), kernel, block_expert, recipe, EXPERT_DOWN)
 
 
-def ffn(x: Float[Array, "*b d"], up: Float[Array, "d two_f"], down: Float[Array, "f n"], recipe: Recipe = BF16) -> Float[Array, "*b n"]:
-    """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]."""
+def ffn(
+    x: Float[Array, "*b d"],
+    up: Float[Array, "d two_f"],
+    down: Float[Array, "f n"],
+    recipe: Recipe = BF16,
+    roles: Roles = (LINEAR, LINEAR),
+    prepared: Prepared | None = None,
+) -> Float[Array, "*b n"]:
+    """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]. `prepared`: by `prepare`, of x, for the first of `roles`."""
     if recipe.fp8 and _on_kernels(recipe, x, (*up.shape, *down.shape), down.shape[0]):
-        return _fused_ffn(_rows(x), None, up, None, down, None, recipe, (LINEAR, LINEAR)).reshape(*x.shape[:-1], down.shape[1])
-    return swiglu_linear(linear(x, up, recipe), down, recipe)
+        return _fused_ffn(_rows(x), None, up, None, down, None, prepared, recipe, roles).reshape(*x.shape[:-1], down.shape[1])
+    y = swiglu_linear(linear(x, up, recipe, roles[0], prepared), down, recipe, roles[1])
+    return _rounded_gradient(y) if roles[1].gradient_power_of_two and recipe.sends_gradients else y
 
 
 def routed_ffn(
@@ -123,14 +134,16 @@ def routed_ffn(
     down: Float[Array, "experts f n_out"],
     block_expert: Int[Array, " blocks"],
     recipe: Recipe = BF16,
+    prepared: Prepared | None = None,
 ) -> Float[Array, "n n_out"]:
     """Each token's sum, over its rows, of `(gate * swiglu(x up)) down` with the kernels of the expert that owns the row's block.
 
-    By the kernels for FP8, a token is quantized once and its rows are copies in one byte a number, in both directions.
+    By the kernels for FP8, a token is quantized once and its rows are copies in one byte a number, in both directions. `prepared`: by
+    `prepare`, of x, for EXPERT_UP.
     """
     height = gates.size // block_expert.size
     if recipe.fp8 and _on_kernels(recipe, x, (*up.shape[1:], *down.shape[1:]), down.shape[1], height):
-        return _fused_ffn(x, rows, up, gates, down, block_expert, recipe, (EXPERT_UP, EXPERT_DOWN))
+        return _fused_ffn(x, rows, up, gates, down, block_expert, prepared, recipe, (EXPERT_UP, EXPERT_DOWN))
     hidden = grouped_linear(dispatch(x, rows).reshape(-1, height, x.shape[1]), up, block_expert, recipe, EXPERT_UP)
     y = grouped_swiglu_linear(hidden, gates.reshape(-1, height, 1), down, block_expert, recipe)
     y = combine(_rows(y), rows)
@@ -162,13 +175,12 @@ def _product(x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepa
 def _product_fwd(
     x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role
 ) -> tuple[Array, tuple]:
-    on_kernels = recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert))
-    if prepared and on_kernels != (prepared.inputs is not None):
-        prepared = None  # it was prepared without knowing the kernel's width
-    if on_kernels:
-        inputs, kept = prepared or hopper.quantized(_rows(x), role)
+    if recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert)):
+        inputs, kept = _for_kernels(_rows(x), prepared, role)
         y = hopper.fprop(inputs, kernel, _owners(x, kernel, block_expert))
-        return y.reshape(*x.shape[:-1], -1), (kept if prepared else _named(kept, role.name), kernel, block_expert)
+        return y.reshape(*x.shape[:-1], -1), (kept, kernel, block_expert)
+    if prepared and prepared.inputs is not None:
+        prepared = None  # it was prepared without knowing the kernel's width
     kept = prepared.kept if prepared else _named(_kept(x, recipe, role), role.name) if recipe.fp8 else x
     return _fprop(x, kernel, block_expert, recipe, role), (kept, kernel, block_expert)
 
@@ -225,26 +237,43 @@ def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple
 _swiglu_product.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _fused_ffn(
-    x: Array, rows: Rows | None, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: _Roles
+    x: Array,
+    rows: Rows | None,
+    up: Array,
+    gates: Array | None,
+    down: Array,
+    block_expert: BlockExpert,
+    prepared: Prepared | None,
+    recipe: Recipe,
+    roles: Roles,
 ) -> Array:
-    return _fused_fwd(x, rows, up, gates, down, block_expert, recipe, roles)[0]
+    return _fused_fwd(x, rows, up, gates, down, block_expert, prepared, recipe, roles)[0]
 
 
 def _fused_fwd(
-    x: Array, rows: Rows | None, up: Array, gates: Array | None, down: Array, block_expert: BlockExpert, recipe: Recipe, roles: _Roles
+    x: Array,
+    rows: Rows | None,
+    up: Array,
+    gates: Array | None,
+    down: Array,
+    block_expert: BlockExpert,
+    prepared: Prepared | None,
+    recipe: Recipe,
+    roles: Roles,
 ) -> tuple[Array, tuple]:
-    routed = _routed(rows, block_expert, up)
-    y, inputs, hidden = hopper.ffn(x, up, None if gates is None else gates.astype(jnp.float32), down, routed, roles)
-    return y, (_named(inputs, roles[0].name), _named(hidden, "swiglu_in"), rows, up, gates, down, block_expert)
+    inputs, kept = _for_kernels(x, prepared, roles[0])
+    wide = None if gates is None else gates.astype(jnp.float32)
+    y, hidden = hopper.ffn(inputs, up, wide, down, _routed(rows, block_expert, up), roles[1])
+    return y, (kept, _named(hidden, "swiglu_in"), rows, up, gates, down, block_expert)
 
 
-def _fused_bwd(recipe: Recipe, roles: _Roles, residual: tuple, dy: Array) -> tuple[Array, None, Array, Array | None, Array, None]:
+def _fused_bwd(recipe: Recipe, roles: Roles, residual: tuple, dy: Array) -> tuple[Array, None, Array, Array | None, Array, None, None]:
     inputs, hidden, rows, up, gates, down, block_expert = residual
     wide = None if gates is None else gates.astype(jnp.float32)
     dx, d_up, d_gates, d_down = hopper.ffn_gradients((inputs, hidden), up, wide, down, _routed(rows, block_expert, up), dy, roles)
-    return dx, None, d_up, None if d_gates is None else d_gates.astype(gates.dtype), d_down, None
+    return dx, None, d_up, None if d_gates is None else d_gates.astype(gates.dtype), d_down, None, None
 
 
 def _routed(rows: Rows | None, block_expert: BlockExpert, kernel: Array) -> tuple[Rows, hopper.Owners] | None:
@@ -280,6 +309,14 @@ def _block_rows(x: Array, block_expert: BlockExpert) -> int | None:
 
 def _owners(x: Array, kernel: Array, block_expert: BlockExpert) -> hopper.Owners | None:
     return None if block_expert is None else hopper.owners(block_expert, x.shape[1], kernel.shape[0])
+
+
+def _for_kernels(rows: Array, prepared: Prepared | None, role: Role) -> Prepared:
+    """What was prepared, if it was for the kernels."""
+    if prepared and prepared.inputs is not None:
+        return prepared
+    inputs, kept = hopper.quantized(rows, role)
+    return Prepared(inputs, _named(kept, role.name))
 
 
 def _kept(x: Array, recipe: Recipe, role: Role) -> Quantized:

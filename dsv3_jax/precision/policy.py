@@ -8,7 +8,7 @@
 | what Wgrad needs of an input | kept as E4M3 of Fprop, changed to 128x1 in the backward pass |
 | input of the Linear after attention | kept as E5M6, scales are powers of two; fused attention's backward pass reads the same |
 | inputs of SwiGLU | kept as E4M3; its output is computed again |
-| what MoE dispatch sends: inputs of experts, gradients before their down-projection | scales are powers of two |
+| inputs of experts and gradients before their down-projection, which MoE dispatch sends | scales are powers of two, of shared experts too |
 | what MoE combine sends | bfloat16 |
 | weight gradients | float32 |
 | moments of AdamW | bfloat16 |

@@ -24,8 +24,8 @@ def layer(config: Any, policy: str) -> Any:
     import jax
 
     from dsv3_jax.model.moe import block_rows, expert_ffn
-    from dsv3_jax.precision.linear import ffn
-    from dsv3_jax.precision.policy import Recipe
+    from dsv3_jax.precision.linear import ffn, prepare
+    from dsv3_jax.precision.policy import EXPERT_DOWN, EXPERT_UP, Recipe
     from pallas_kernels.backend import platform
 
     m, recipe = config.model, Recipe.of(dataclasses.replace(config.precision, policy=policy))
@@ -35,7 +35,9 @@ def layer(config: Any, policy: str) -> Any:
     def both_ways(x: Any, weights: Any, routing: Any, dy: Any) -> Any:
         def output(x: Any, weights: Any, gates: Any) -> Any:
             gate_up, down, shared_up, shared_down = weights
-            return expert_ffn(x, routing._replace(gates=gates), gate_up, down, rows, recipe)[0] + ffn(x, shared_up, shared_down, recipe)
+            prepared = prepare(x, recipe, EXPERT_UP) if recipe.fp8 else None
+            y, _ = expert_ffn(x, routing._replace(gates=gates), gate_up, down, rows, recipe, prepared=prepared)
+            return y + ffn(x, shared_up, shared_down, recipe, (EXPERT_UP, EXPERT_DOWN), prepared)
 
         y, pull = jax.vjp(output, x, weights, routing.gates)
         # In training the gradient comes once the output is there. Without a barrier rows of both are gathered by one kernel.

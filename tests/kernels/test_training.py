@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.model.moe import expert_ffn
+from dsv3_jax.model.moe import MoE, expert_ffn
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.expert import pack, unpack
 from dsv3_jax.precision.linear import ffn, grouped_linear, linear, prepare, restored
-from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_UP, LINEAR, Recipe
+from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe
 from pallas_kernels import gemm, quantize
 from pallas_kernels.quantize.reference import dequantize_rows
 from tests.kernels import interpreter  # noqa: F401, makes it quicker
+from tests.small import model
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +68,18 @@ def test_an_input_that_is_prepared():
     assert_same(both_ways(projected, (x, w)), 4e-3)
 
 
-def test_ffn():
+@pytest.mark.parametrize("roles", [(LINEAR, LINEAR), (EXPERT_UP, EXPERT_DOWN)], ids=["dense", "shared expert"])
+def test_ffn(roles):
     x, up, down = random(0, 150, 64).astype(jnp.bfloat16), random(1, 64, 256) / 8, random(2, 128, 64) / 8
-    assert_same(both_ways(ffn, (x, up, down)), 1.5e-2)
+    assert_same(both_ways(lambda x, up, down, recipe: ffn(x, up, down, recipe, roles), (x, up, down)), 1.5e-2)
+
+
+def test_the_gradient_of_shared_experts_is_rounded_as_dispatch_sends_it():
+    """A large number in a row costs the small ones digits, in Wgrad too, though that sees each with its own column."""
+    x, up, down = random(0, 150, 64).astype(jnp.bfloat16), random(1, 64, 256) / 8, random(2, 128, 64) / 8
+    larger = jnp.ones(64).at[0].set(2.0**15).astype(jnp.bfloat16)
+    results = both_ways(lambda *a: larger * ffn(*a, roles=(EXPERT_UP, EXPERT_DOWN)), (x, up, down))
+    assert_same([[d_down[:, 1:]] for *_, d_down in results], 1.5e-2)
 
 
 OWNERS = jnp.asarray([0, 2, 2, 3])  # expert 1 gets nothing, the last block is nobody's
@@ -97,6 +107,19 @@ def test_routed_ffn(width):
         return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
 
     assert_same(both_ways(layer, (random(3, 150, width).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
+
+
+def test_both_kinds_of_experts_keep_the_same_tokens():
+    config = model(hidden_size=192, moe_intermediate_size=128)
+    layer, x = MoE(config, "none", Recipe(fp8=True, impl="pallas")), jax.ShapeDtypeStruct((2, 50, 192), jnp.bfloat16)
+    rest = jnp.zeros(config.n_routed_experts), jnp.ones(x.shape[:2])
+
+    def kept(x):
+        params = layer.init(jax.random.key(0), x, *rest)
+        return jax.tree.leaves(jax.vjp(lambda x: layer.apply(params, x, *rest).y, x)[1])
+
+    held = {v for v in jax.make_jaxpr(kept)(x).jaxpr.outvars if v.aval.dtype == jnp.float8_e4m3fn}
+    assert [v.aval.shape for v in held].count((100, 192)) == 1
 
 
 def test_a_gradient_that_was_sent_is_quantized_to_the_same_numbers():

@@ -172,6 +172,8 @@ def test_fp8_kernels_keep_tokens_and_the_reference_rows_of_experts():
     assert kept(change(fp8, precision={"activation_tile": "128x128"})) > 7 * kept(fp8)  # which the kernels do not take
     spread = change(fp8, parallel={"mesh": MeshConfig(gpu=8)})
     assert kept(spread) == 8 * kept(fp8)  # each of 8 devices has room for all tokens of the others
+    others = lambda config: accounting.layer_activations(config, True, "none")["quantized_inputs"]  # noqa: E731
+    assert others(spread) - others(fp8) == kept(fp8)  # which shared experts keep too where they are not the same
 
 
 def test_peak_memory_against_xla():

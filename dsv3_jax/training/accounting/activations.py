@@ -115,12 +115,14 @@ def _recomputed_bytes(config: Config, is_moe: bool, tokens: int, itemsize: int) 
     heads = m.num_attention_heads
     of_query = 0 if _fused_attention(config) else config.train.sequence_length * (2 * FLOAT32_BYTES + itemsize + 1) + 2 * FLOAT32_BYTES
     of_norms = [m.hidden_size] * 2 + [m.kv_lora_rank] + ([m.q_lora_rank] if m.q_lora_rank else [])
-    of_norms += [m.hidden_size] if not is_moe or m.n_shared_experts else []
+    expert_rows = _expert_input_rows(config, tokens)
+    if not is_moe or (m.n_shared_experts and expert_rows > tokens):  # else both kinds of experts keep the same tokens
+        of_norms.append(m.hidden_size)
     return {
         "norms": tokens * copies * (2 * m.hidden_size + (m.q_lora_rank or 0) + m.kv_lora_rank),
         "queries_keys_values": tokens * heads * (2 * m.qk_head_dim + m.v_head_dim) * itemsize,
         "attention_scores": tokens * heads * of_query,
-        "expert_inputs": product_input_bytes(config, _expert_input_rows(config, tokens), m.hidden_size) if is_moe else 0,
+        "expert_inputs": product_input_bytes(config, expert_rows, m.hidden_size) if is_moe else 0,
         "quantized_inputs": sum(product_input_bytes(config, tokens, width) for width in of_norms) if in_fp8 else 0,
         "router_input": FLOAT32_BYTES * tokens * m.hidden_size if is_moe and in_fp8 else 0,
     }
