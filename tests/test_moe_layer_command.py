@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from dsv3_jax.config import from_config_dict
-from experiments.bench.moe_kinds import DISPATCH, NUMBERS, OTHER, PRODUCTS, kind_of, kind_table, layer, operands
+from experiments.bench.moe_kinds import DISPATCH, NUMBERS, OTHER, PRODUCTS, gathers_to_dispatch, kind_of, kind_table, layer, operands
 from tests import micro_config
 from tests.test_cli import run
 
@@ -62,6 +62,11 @@ ENTRY %main (a: bf16[8,4], b: s32[8]) -> bf16[8,4] {
 )
 def test_what_a_kernel_is_for(kernel, kind):
     assert kind_of(COMPILED)(kernel) == kind
+
+
+def test_gathers_within_quantizers_are_dispatch():
+    moved = gathers_to_dispatch({PRODUCTS: 4.0, NUMBERS: 2.0, DISPATCH: 1.0}, 0.25)
+    assert moved == {PRODUCTS: 4.0, NUMBERS: 1.75, DISPATCH: 1.25}
 
 
 def test_the_ratio_without_dispatch():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.bench.hlo import parse
+from experiments.bench.timing import draw
 from experiments.output import table
 
 PRODUCTS, NUMBERS, DISPATCH, OTHER = "products", "quantizers, SwiGLU, casts of weights", "dispatch: plan, gather, sum of rows", "other"
@@ -23,14 +24,11 @@ def layer(config: Any, policy: str) -> Any:
 
     import jax
 
-    from dsv3_jax.model.moe import block_rows, expert_ffn
+    from dsv3_jax.model.moe import expert_ffn
     from dsv3_jax.precision.linear import ffn, prepare
     from dsv3_jax.precision.policy import EXPERT_DOWN, EXPERT_UP, Recipe
-    from pallas_kernels.backend import platform
 
-    m, recipe = config.model, Recipe.of(dataclasses.replace(config.precision, policy=policy))
-    pairs = config.train.micro_batch_size * config.train.sequence_length * m.num_experts_per_tok
-    rows = block_rows(pairs, m.n_routed_experts, platform())
+    recipe, rows = Recipe.of(dataclasses.replace(config.precision, policy=policy)), _block_rows(config)
 
     def both_ways(x: Any, weights: Any, routing: Any, dy: Any) -> Any:
         def output(x: Any, weights: Any, gates: Any) -> Any:
@@ -45,6 +43,37 @@ def layer(config: Any, policy: str) -> Any:
         return y, pull(dy)
 
     return jax.jit(both_ways)
+
+
+def _block_rows(config: Any) -> int:
+    from dsv3_jax.model.moe import block_rows
+    from pallas_kernels.backend import platform
+
+    return block_rows(_pairs(config), config.model.n_routed_experts, platform())
+
+
+def _pairs(config: Any) -> int:
+    return config.train.micro_batch_size * config.train.sequence_length * config.model.num_experts_per_tok
+
+
+def turning(config: Any) -> tuple[Callable[..., Any], tuple[Any, Any]]:
+    """What `gather_and_retile` does in the layer besides gathering: turns rows of input and gradient. And rows that are there, in E4M3."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsv3_jax.model.moe import plan_blocks
+    from pallas_kernels.quantize import retile
+
+    experts = jax.ShapeDtypeStruct((_pairs(config), 1), jnp.int32)
+    rows = jax.eval_shape(lambda experts: plan_blocks(experts, config.model.n_routed_experts, _block_rows(config)), experts).pair.size
+    width = config.model.hidden_size
+    tiles = draw(0, (rows, width), "float8_e4m3fn"), draw(1, (-(-width // 128), rows), "float32")
+    return jax.jit(lambda v, s: [retile(v, s, True, side) for side in ("left", "right")]), tiles
+
+
+def gathers_to_dispatch(kinds: dict[str, float], ms: float) -> dict[str, float]:
+    """So much of the quantizers' time counted as dispatch instead."""
+    return {**kinds, NUMBERS: kinds[NUMBERS] - ms, DISPATCH: kinds[DISPATCH] + ms}
 
 
 def operands(config: Any) -> tuple[Any, ...]:
