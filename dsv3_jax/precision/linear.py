@@ -121,7 +121,7 @@ def ffn(
 ) -> Float[Array, "*b n"]:
     """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]. `prepared`: by `prepare`, of x, for the first of `roles`."""
     if recipe.fp8 and _on_kernels(recipe, x, (*up.shape, *down.shape), down.shape[0]):
-        return _fused_ffn(_rows(x), None, up, None, down, None, prepared, recipe, roles).reshape(*x.shape[:-1], down.shape[1])
+        return _fused_ffn(_rows(x), prepared, _Weights(up, None, down), None, roles).reshape(*x.shape[:-1], down.shape[1])
     y = swiglu_linear(linear(x, up, recipe, roles[0], prepared), down, recipe, roles[1])
     return _rounded_gradient(y) if roles[1].gradient_power_of_two and recipe.sends_gradients else y
 
@@ -143,7 +143,8 @@ def routed_ffn(
     """
     height = gates.size // block_expert.size
     if recipe.fp8 and _on_kernels(recipe, x, (*up.shape[1:], *down.shape[1:]), down.shape[1], height):
-        return _fused_ffn(x, rows, up, gates, down, block_expert, prepared, recipe, (EXPERT_UP, EXPERT_DOWN))
+        weights = _Weights(up, gates.astype(jnp.float32), down)
+        return _fused_ffn(x, prepared, weights, (rows, block_expert), (EXPERT_UP, EXPERT_DOWN))
     hidden = grouped_linear(dispatch(x, rows).reshape(-1, height, x.shape[1]), up, block_expert, recipe, EXPERT_UP)
     y = grouped_swiglu_linear(hidden, gates.reshape(-1, height, 1), down, block_expert, recipe)
     y = combine(_rows(y), rows)
@@ -237,49 +238,40 @@ def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple
 _swiglu_product.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _fused_ffn(
-    x: Array,
-    rows: Rows | None,
-    up: Array,
-    gates: Array | None,
-    down: Array,
-    block_expert: BlockExpert,
-    prepared: Prepared | None,
-    recipe: Recipe,
-    roles: Roles,
-) -> Array:
-    return _fused_fwd(x, rows, up, gates, down, block_expert, prepared, recipe, roles)[0]
+class _Weights(NamedTuple):
+    """What an FFN multiplies by; each row of experts has a gate."""
+
+    up: Array
+    gates: Array | None
+    down: Array
 
 
-def _fused_fwd(
-    x: Array,
-    rows: Rows | None,
-    up: Array,
-    gates: Array | None,
-    down: Array,
-    block_expert: BlockExpert,
-    prepared: Prepared | None,
-    recipe: Recipe,
-    roles: Roles,
-) -> tuple[Array, tuple]:
+_Placed = tuple[Rows, Array] | None  # rows of tokens, and the expert of each block of them; None: tokens as they lie, and no experts
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _fused_ffn(x: Array, prepared: Prepared | None, weights: _Weights, placed: _Placed, roles: Roles) -> Array:
+    return _fused_fwd(x, prepared, weights, placed, roles)[0]
+
+
+def _fused_fwd(x: Array, prepared: Prepared | None, weights: _Weights, placed: _Placed, roles: Roles) -> tuple[Array, tuple]:
     inputs, kept = _for_kernels(x, prepared, roles[0])
-    wide = None if gates is None else gates.astype(jnp.float32)
-    y, hidden = hopper.ffn(inputs, up, wide, down, _routed(rows, block_expert, up), roles[1])
-    return y, (kept, _named(hidden, "swiglu_in"), rows, up, gates, down, block_expert)
+    y, hidden = hopper.ffn(inputs, *weights, _routed(placed, weights), roles[1])
+    return y, (kept, _named(hidden, "swiglu_in"), weights, placed)
 
 
-def _fused_bwd(recipe: Recipe, roles: Roles, residual: tuple, dy: Array) -> tuple[Array, None, Array, Array | None, Array, None, None]:
-    inputs, hidden, rows, up, gates, down, block_expert = residual
-    wide = None if gates is None else gates.astype(jnp.float32)
-    dx, d_up, d_gates, d_down = hopper.ffn_gradients((inputs, hidden), up, wide, down, _routed(rows, block_expert, up), dy, roles)
-    return dx, None, d_up, None if d_gates is None else d_gates.astype(gates.dtype), d_down, None, None
+def _fused_bwd(roles: Roles, residual: tuple, dy: Array) -> tuple[Array, None, _Weights, None]:
+    kept, hidden, weights, placed = residual
+    up, gates, down = weights
+    dx, d_up, d_gates, d_down = hopper.ffn_gradients((kept, hidden), up, gates, down, _routed(placed, weights), dy, roles)
+    return dx, None, _Weights(d_up, d_gates, d_down), None
 
 
-def _routed(rows: Rows | None, block_expert: BlockExpert, kernel: Array) -> tuple[Rows, hopper.Owners] | None:
-    if rows is None or block_expert is None:
+def _routed(placed: _Placed, weights: _Weights) -> tuple[Rows, hopper.Owners] | None:
+    if placed is None:
         return None
-    return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, kernel.shape[0])
+    rows, block_expert = placed
+    return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, weights.up.shape[0])
 
 
 _fused_ffn.defvjp(_fused_fwd, _fused_bwd)
