@@ -193,7 +193,7 @@ class MoE(nn.Module):
         flat = x.reshape(-1, c.hidden_size)
         kernel = self.param("router", nn.initializers.normal(c.initializer_range), (c.hidden_size, c.n_routed_experts), jnp.float32)
         routing = route(flat, kernel, bias, c)
-        # Of both kinds of experts, unless it is quantized anew where dispatch takes it.
+        # Once for both kinds of experts, unless dispatch takes tokens elsewhere, where they are quantized anew.
         prepared = prepare(flat, self.recipe, EXPERT_UP) if self.recipe.fp8 and not self.placement.hops else None
         y, fullness = Experts(c, self.recipe, self.placement, name="experts")(flat, routing, prepared)
         if c.n_shared_experts:
