@@ -4,12 +4,13 @@
 
 Times are those of the kernel alone, from CUPTI: medians of calls with a cold L2 (a large buffer is written before each)
 and of calls back to back. Random operands. The error is relative, by Frobenius norm, against a float32 product of the
-dequantized operands, on the first rows. DeepGEMM is timed in the same way, in a process of its own, tokamax (bfloat16)
+dequantized operands, on the first rows (`kernels_error`). DeepGEMM is timed in the same way, in a process of its own, tokamax (bfloat16)
 beside ours. PyTorch's block-scaled product (cuBLASLt, the same scales) and a plain one in Triton are timed by events after a flush
 of L2. Needs a Hopper GPU.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -39,8 +40,8 @@ class Row:
     run: Callable[..., Any]
     shapes: tuple[tuple[tuple[int, ...], str], ...]
     flops: int
+    error: Callable[..., Any]  # of a result and the operands
     owners: Any = None  # a last operand: which expert owns each 128 rows
-    exact: bool = False  # whether the error is to be computed
     several: bool = False  # whether all kernels of a call count, and not the longest, which is the product, alone
     question: dict[str, Any] | None = None  # the same product, put to DeepGEMM
 
@@ -70,6 +71,7 @@ def rows() -> list[Row]:
     import jax
     import jax.numpy as jnp
 
+    from experiments.bench import kernels_error as errors
     from pallas_kernels import gemm, grouped_gemm
 
     f8, f32, bf16 = "float8_e4m3fn", "float32", "bfloat16"
@@ -79,16 +81,17 @@ def rows() -> list[Row]:
         scales, mp = -(-k // 128), -(-m // 128) * 128
         shapes = ((m, k), f8), ((scales, mp), f32), ((n, k), f8), ((-(-n // 128), scales), f32)
         question = {"kind": "dense", "m": m, "n": n, "k": k}
-        table.append(Row(f"gemm {m},{n},{k}", gemm.gemm, shapes, 2 * m * n * k, exact=True, question=question))
-        table.append(Row(f"XLA bfloat16 {m},{n},{k}", lambda a, b: a @ b.T, (((m, k), bf16), ((n, k), bf16)), 2 * m * n * k))
+        table.append(Row(f"gemm {m},{n},{k}", gemm.gemm, shapes, 2 * m * n * k, errors.blocks, question=question))
+        table.append(Row(f"XLA bfloat16 {m},{n},{k}", lambda a, b: a @ b.T, (((m, k), bf16), ((n, k), bf16)), 2 * m * n * k, errors.plain))
         whole = lambda a, b: jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=bf16)  # noqa: E731
-        table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k))
+        table.append(Row(f"XLA FP8, a scale a tensor {m},{n},{k}", whole, (((m, k), f8), ((n, k), f8)), 2 * m * n * k, errors.plain))
     for m, n, k in (*WGRAD, *PIECES):
-        shapes = _turned(m, n, k)
-        table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, 2 * m * n * k, several=True))
+        shapes, flops = _turned(m, n, k), 2 * m * n * k
+        table.append(Row(f"wgrad {m},{n},{k}", gemm.wgrad, shapes, flops, errors.columns, several=True))
         question = {"kind": "wgrad", "m": m, "n": n, "k": k}
         with_addend = *shapes, ((m, n), f32)
-        table.append(Row(f"wgrad, accumulated {m},{n},{k}", gemm.wgrad, with_addend, 2 * m * n * k, several=True, question=question))
+        name = f"wgrad, accumulated {m},{n},{k}"
+        table.append(Row(name, gemm.wgrad, with_addend, flops, errors.columns, several=True, question=question))
     for e, each in GROUPS:
         for n, k in EXPERT:
             m, together, owners = e * each, each // 128, jnp.repeat(jnp.arange(e, dtype=jnp.int32), each // 128)
@@ -96,25 +99,29 @@ def rows() -> list[Row]:
             grouped = lambda a, sa, b, sb, owner, t=together: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, t)  # noqa: E731
             half = lambda a, b, owner, t=together: grouped_gemm.grouped_gemm_bf16(a, b, owner, t)  # noqa: E731
             question = {"kind": "grouped", "owners": owners.tolist(), "groups": e, "n": n, "k": k}
-            table.append(Row(f"grouped {e} x {each},{n},{k}", grouped, shapes, 2 * m * n * k, owners, question=question))
-            table.append(Row(f"grouped bfloat16 {e} x {each},{n},{k}", half, (((m, k), bf16), ((e, n, k), bf16)), 2 * m * n * k, owners))
+            size, flops = f"{e} x {each},{n},{k}", 2 * m * n * k
+            table.append(Row(f"grouped {size}", grouped, shapes, flops, errors.blocks, owners, question=question))
+            table.append(Row(f"grouped bfloat16 {size}", half, (((m, k), bf16), ((e, n, k), bf16)), flops, errors.plain, owners))
             if ragged := tokamax_product(e, each):
-                table.append(Row(f"tokamax, bfloat16 {e} x {each},{n},{k}", ragged, (((m, k), bf16), ((e, k, n), bf16)), 2 * m * n * k))
+                shapes = ((m, k), bf16), ((e, k, n), bf16)
+                table.append(Row(f"tokamax, bfloat16 {size}", ragged, shapes, flops, errors.weights_lie))
     owners = _uneven(256)
     for n, k in EXPERT:
         m = 128 * len(owners)
         shapes = ((m, k), f8), ((k // 128, m), f32), ((UNEVEN, n, k), f8), ((UNEVEN, -(-n // 128), k // 128), f32)
         uneven = lambda a, sa, b, sb, owner: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, 1)  # noqa: E731
         question = {"kind": "grouped", "owners": owners.tolist(), "groups": UNEVEN, "n": n, "k": k}
-        table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, owners, question=question))
+        table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, errors.blocks, owners, question=question))
     e, m, n, k = 4, 4096, 7168, 8192
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
     run = lambda a, sa, b, sb, *addend: grouped_gemm.grouped_wgrad(a, sa, b, sb, first, *addend)  # noqa: E731
     shapes, flops = _turned(m, n, e * k), 2 * e * m * n * k
-    table.append(Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, flops, several=True))
+    first_group = functools.partial(errors.columns, steps=k // 128)
+    table.append(Row(f"grouped wgrad {e} x {m},{n},{k}", run, shapes, flops, first_group, several=True))
     question = {"kind": "grouped wgrad", "groups": e, "m": m, "n": n, "k": k}
     with_addend = *shapes, ((e, m, n), f32)
-    return [*table, Row(f"grouped wgrad, accumulated {e} x {m},{n},{k}", run, with_addend, flops, several=True, question=question)]
+    name = f"grouped wgrad, accumulated {e} x {m},{n},{k}"
+    return [*table, Row(name, run, with_addend, flops, first_group, several=True, question=question)]
 
 
 def _turned(m: int, n: int, k: int) -> tuple[tuple[tuple[int, ...], str], ...]:
@@ -200,7 +207,7 @@ def line(row: Row) -> str:
         operands.append(row.owners)
     run = jax.jit(row.run)
     cold, warm = (kernel_seconds(run, operands, clear, of=sum if row.several else max) for clear in (True, False))
-    return figures(row.name, row.flops, cold, warm, error(run, operands) if row.exact else "")
+    return figures(row.name, row.flops, cold, warm, f"{float(row.error(run(*operands), *operands)):.2e}")
 
 
 def figures(name: str, flops: int, cold: float, warm: float | None, remark: str) -> str:
@@ -212,20 +219,6 @@ def figures(name: str, flops: int, cold: float, warm: float | None, remark: str)
 def not_run(name: str, reason: object) -> str:
     """A line that says why there are no figures, as far as a first line says it."""
     return f"{name:<44} not run: {str(reason).partition(chr(10))[0]}"
-
-
-def error(run: Callable[..., Any], operands: list[Any], rows_checked: int = 256) -> str:
-    """Relative error of the first rows."""
-    import jax
-    import jax.numpy as jnp
-
-    a, a_scales, b, b_scales = operands
-    a, a_scales = a[:rows_checked].astype(jnp.float32), a_scales[:, : min(rows_checked, a.shape[0])]
-    left = a * jnp.repeat(a_scales.T, 128, 1)[:, : a.shape[1]]
-    right = b.astype(jnp.float32) * jnp.repeat(jnp.repeat(b_scales, 128, 0)[: b.shape[0]], 128, 1)[:, : b.shape[1]]
-    expected = jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
-    difference = run(*operands)[:rows_checked].astype(jnp.float32) - expected
-    return f"{float(jnp.linalg.norm(difference) / jnp.linalg.norm(expected)):.2e}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""How far the products of experiments.bench.kernels are off.
+
+Each function takes a result and the operands that made it, and returns the error of its first rows: relative, by Frobenius norm, against a
+float32 product of the dequantized operands.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+ROWS = 256
+GROUP = 128  # rows that an owner has, at least, and numbers under a scale
+
+
+def plain(out: Array, a: Array, b: Array, owners: Array | None = None) -> Array:
+    """Of a [m, k] by b [n, k], or [e, n, k] with the owner of each 128 rows, without scales."""
+    return _relative(out, a, b) if owners is None else _relative(out[:GROUP], a, b[owners[0]])
+
+
+def weights_lie(out: Array, a: Array, b: Array) -> Array:
+    """Of a [m, k], whose first rows belong to the first expert, by b [e, k, n]."""
+    return _relative(out[:GROUP], a, b[0].T)
+
+
+def blocks(out: Array, a: Array, a_scales: Array, b: Array, b_scales: Array, owners: Array | None = None) -> Array:
+    """The same as `plain`, with scales of 1x128 and 128x128."""
+    rows = ROWS if owners is None else GROUP
+    if owners is not None:
+        b, b_scales = b[owners[0]], b_scales[owners[0]]
+    out = out[:rows]
+    left = a[: len(out)].astype(jnp.float32) * _spread(a_scales.T[: len(out)], a.shape[1], 1)
+    return _relative(out, left, b.astype(jnp.float32) * _spread(_spread(b_scales, len(b), 0), b.shape[1], 1))
+
+
+def columns(
+    out: Array, a: Array, a_scales: Array, b: Array, b_scales: Array, addend: Array | None = None, steps: int | None = None
+) -> Array:
+    """Of Wgrad: a [tokens / 128, m, 128] by b, with scales of 128x1, less what it was added to. `steps`: of the first of several groups."""
+    total = out if addend is None else out - addend
+    if steps is not None:
+        total = total[0]
+    left, right = (_tokens_last(x[:steps], scales[:steps]) for x, scales in ((a[:, :ROWS], a_scales[:, :ROWS]), (b, b_scales)))
+    return _relative(total, left, right)
+
+
+def _tokens_last(x: Array, scales: Array) -> Array:
+    wide = x.astype(jnp.float32) * scales[:, :, None]
+    return wide.transpose(1, 0, 2).reshape(x.shape[1], -1)
+
+
+def _spread(scales: Array, length: int, axis: int) -> Array:
+    return jax.lax.slice_in_dim(jnp.repeat(scales, GROUP, axis), 0, length, axis=axis)
+
+
+# XLA would look for the fastest float32 product of each shape, for ten seconds.
+@functools.partial(jax.jit, compiler_options={"xla_gpu_autotune_level": 0})
+def _error(out: Array, left: Array, right: Array) -> Array:
+    expected = jnp.matmul(left.astype(jnp.float32), right.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+
+
+def _relative(out: Array, left: Array, right: Array) -> Array:
+    rows = min(ROWS, len(out))
+    return _error(out[:rows], left[:rows], right)
