@@ -123,7 +123,7 @@ def _by_kernels(
 
 
 def _prepared(out: Array, recipe: Recipe) -> Prepared | None:
-    return prepare(out.reshape(*out.shape[:2], -1), recipe, AFTER_ATTENTION) if recipe.fp8 else None
+    return prepare(out.reshape(*out.shape[:2], -1), recipe, AFTER_ATTENTION)
 
 
 def _by_kernels_fwd(

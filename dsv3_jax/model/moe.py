@@ -194,7 +194,7 @@ class MoE(nn.Module):
         kernel = self.param("router", nn.initializers.normal(c.initializer_range), (c.hidden_size, c.n_routed_experts), jnp.float32)
         routing = route(flat, kernel, bias, c)
         # Once for both kinds of experts, unless dispatch takes tokens elsewhere, where they are quantized anew.
-        prepared = prepare(flat, self.recipe, EXPERT_UP) if self.recipe.fp8 and not self.placement.hops else None
+        prepared = None if self.placement.hops else prepare(flat, self.recipe, EXPERT_UP)
         y, fullness = Experts(c, self.recipe, self.placement, name="experts")(flat, routing, prepared)
         if c.n_shared_experts:
             width = c.n_shared_experts * c.moe_intermediate_size

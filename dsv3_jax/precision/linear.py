@@ -54,9 +54,11 @@ def linear(
     return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared:
+def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared | None:
     """For FP8, where more than one need x quantized, or what a backward pass keeps of it: made, named and kept once for all. No gradient
-    goes through it."""
+    goes through it. None without FP8."""
+    if not recipe.fp8:
+        return None
     rows = jax.lax.stop_gradient(_rows(x))
     if _on_kernels(recipe, x, x.shape[-1:]):
         return _for_kernels(rows, None, role)

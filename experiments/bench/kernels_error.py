@@ -10,28 +10,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-ROWS = 256
-GROUP = 128  # rows that an owner has, at least, and numbers under a scale
+from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize
+
+ROWS = 256  # of a result; of a product in groups the first 128, which have one owner
 
 
 def plain(out: Array, a: Array, b: Array, owners: Array | None = None) -> Array:
     """Of a [m, k] by b [n, k], or [e, n, k] with the owner of each 128 rows, without scales."""
-    return _relative(out, a, b) if owners is None else _relative(out[:GROUP], a, b[owners[0]])
+    return _relative(out, a, b) if owners is None else _relative(out[:BLOCK], a, b[owners[0]])
 
 
 def weights_lie(out: Array, a: Array, b: Array) -> Array:
     """Of a [m, k], whose first rows belong to the first expert, by b [e, k, n]."""
-    return _relative(out[:GROUP], a, b[0].T)
+    return _relative(out[:BLOCK], a, b[0].T)
 
 
 def blocks(out: Array, a: Array, a_scales: Array, b: Array, b_scales: Array, owners: Array | None = None) -> Array:
     """The same as `plain`, with scales of 1x128 and 128x128."""
-    rows = ROWS if owners is None else GROUP
     if owners is not None:
-        b, b_scales = b[owners[0]], b_scales[owners[0]]
-    out = out[:rows]
-    left = a[: len(out)].astype(jnp.float32) * _spread(a_scales.T[: len(out)], a.shape[1], 1)
-    return _relative(out, left, b.astype(jnp.float32) * _spread(_spread(b_scales, len(b), 0), b.shape[1], 1))
+        out, b, b_scales = out[:BLOCK], b[owners[0]], b_scales[owners[0]]
+    rows = min(ROWS, len(out))
+    left = Quantized(a[:rows], a_scales.T[:rows], (1, BLOCK))
+    return _relative(out, dequantize(left), dequantize(Quantized(b, b_scales, (BLOCK, BLOCK))))
 
 
 def columns(
@@ -46,12 +46,7 @@ def columns(
 
 
 def _tokens_last(x: Array, scales: Array) -> Array:
-    wide = x.astype(jnp.float32) * scales[:, :, None]
-    return wide.transpose(1, 0, 2).reshape(x.shape[1], -1)
-
-
-def _spread(scales: Array, length: int, axis: int) -> Array:
-    return jax.lax.slice_in_dim(jnp.repeat(scales, GROUP, axis), 0, length, axis=axis)
+    return dequantize(Quantized(x, scales[:, :, None], (1, BLOCK))).swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
 # XLA would look for the fastest float32 product of each shape, for ten seconds.

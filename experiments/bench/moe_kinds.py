@@ -33,7 +33,7 @@ def layer(config: Any, policy: str) -> Any:
     def both_ways(x: Any, weights: Any, routing: Any, dy: Any) -> Any:
         def output(x: Any, weights: Any, gates: Any) -> Any:
             gate_up, down, shared_up, shared_down = weights
-            prepared = prepare(x, recipe, EXPERT_UP) if recipe.fp8 else None
+            prepared = prepare(x, recipe, EXPERT_UP)
             y, _ = expert_ffn(x, routing._replace(gates=gates), gate_up, down, rows, recipe, prepared=prepared)
             return y + ffn(x, shared_up, shared_down, recipe, (EXPERT_UP, EXPERT_DOWN), prepared)
 
