@@ -24,8 +24,8 @@ def consume(kernel: Kernel, refs: Any, warpgroup: jax.Array) -> None:
     live = live_tiles(kernel, refs)
 
     @tile_loop(kernel, live, jnp.int32(0))
-    def _tiles(info: Any, carry: jax.Array) -> jax.Array:
-        tile = locate(kernel, refs, live, info.index)
+    def _tiles(index: tuple[jax.Array, ...], carry: jax.Array) -> jax.Array:
+        tile = locate(kernel, refs, live, index)
         add = _sum_plain if kernel.product.scales == "none" else _sum_scaled
         sums, slot = add(kernel, refs, warpgroup, tile, carry)
         _store(kernel, refs, warpgroup, tile, sums)

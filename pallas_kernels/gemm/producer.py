@@ -21,8 +21,8 @@ def produce(kernel: Kernel, refs: Any, side: Literal["a", "b"]) -> None:
     live = live_tiles(kernel, refs)
 
     @tile_loop(kernel, live, (jnp.int32(0), jnp.int32(0)))
-    def loop(info: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        tile = locate(kernel, refs, live, info.index)
+    def loop(index: tuple[jax.Array, ...], carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tile = locate(kernel, refs, live, index)
 
         def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             slot, filled = carry

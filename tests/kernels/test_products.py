@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -203,6 +204,19 @@ def test_a_product_of_several_bands_has_every_tile(monkeypatch):
     assert config.raster == (0, 11)
     out = interpreted(lambda: hopper.multiply(Product(), config, a.values, a.scales, b.values, whole_fours(b.scales), sm_count=2))
     assert_near(out, a.full @ b.full.T, BF16_ERROR)
+
+
+def test_rows_of_groups_in_several_bands_have_every_tile():
+    """Three of five 128 rows are owned: six tiles of 64, in bands of four, so that the second has two; zeros follow."""
+    rng = np.random.default_rng(0)
+    owners, config = [0, 0, 2], dataclasses.replace(SCHEMES["one warpgroup"], raster=(0, 4))
+    a, b = Rows(rough(rng, 5 * 128, 128)), Blocks(rough(rng, 3, 96, 128))
+    index = jnp.asarray([*owners, 3, 3, len(owners)], jnp.int32)
+    scales = jnp.pad(b.scales, [(0, 0), (0, 0), (0, LINE - 1)])
+    out = interpreted(lambda: hopper.multiply(Product(groups="rows"), config, a.values, a.scales, b.values, scales, index, sm_count=2))
+    expected = np.concatenate([a.full[128 * i :][:128] @ b.full[e].T for i, e in enumerate(owners)])
+    assert_near(out[: len(expected)], expected, BF16_ERROR)
+    assert not np.asarray(out[len(expected) :], np.float32).any()
 
 
 def test_the_fit_finds_the_times_it_was_made_of():
