@@ -60,6 +60,11 @@ def choose(
     m, n, k = sizes(product, a_shape, b_shape, n_groups)
     possible = [c for c in candidates(product) if run is None or run % c.config.block_m == 0]
     config = min(possible, key=lambda c: modelled_time(c, m, n, k, sm_count, n_groups if product.per_group else 1)).config
+    return arranged(product, config, m, k)
+
+
+def arranged(product: Product, config: TuningConfig, m: int, k: int) -> TuningConfig:
+    """A tile as it runs at these sizes: its raster, and how many steps are written out."""
     config = _written_out(config, -(-k // GROUP))
     return in_bands(config, m, k) if product.groups in ("none", "pieces") else config
 

@@ -1,11 +1,14 @@
 import dataclasses
 import functools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench import tiles as sweep
 from experiments.bench.tiles import fit, operands
 from pallas_kernels import gemm, grouped_gemm
 from pallas_kernels.gemm import hopper, tiles
@@ -224,6 +227,27 @@ def test_the_fit_finds_the_times_it_was_made_of():
     step, fixed, off = fit(sizes, [w * (steps * 387 + 630) for w, steps in sizes])
     assert (round(step), round(fixed)) == (387, 630)
     assert off < 1e-9
+
+
+def test_the_sweep_finds_the_table_that_it_measures(monkeypatch, capsys):
+    """Where times are those of the model: its numbers for each tile, and no tile that is faster than what the table picks."""
+    monkeypatch.setattr(sweep, "require_hopper", lambda: None)
+    monkeypatch.setattr("pallas_kernels.backend.sm_count", lambda: 132)
+    monkeypatch.setattr(sweep, "draw_operands", lambda product, shape: {})
+    monkeypatch.setattr(sweep, "measured", lambda product, candidate, shape, drawn, sms: tiles.modelled_time(candidate, *shape, sms))
+    monkeypatch.setattr(sweep, "CHOSEN", SimpleNamespace(value=[*sweep.KINDS]))
+    assert sweep.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [[int(n) for n in re.findall(r"-?\d+", line.split(": ")[1])] for line in lines if "in the table" in line]
+    assert len(found) == sum(len(tiles.candidates(product)) for product in sweep.KINDS.values())
+    assert all((step, fixed) == (in_table, beside) for step, fixed, *_, in_table, beside in found)
+    assert not any("fastest" in line for line in lines)
+
+
+def test_the_sweep_says_where_another_tile_is_faster():
+    small, large = tiles.candidates(Product())[0], tiles.candidates(Product())[-1]
+    line = sweep.choice("dense", (8192, 8192, 8192), {small: 1000.0, large: 2000.0}, 132)
+    assert line == "dense 8192,8192,8192: picks 256x128 in clusters of 2 along n, 2.0 us; fastest 64x16, 1.0 us"
 
 
 @pytest.mark.parametrize("run", [lambda: Product("block", "rows"), lambda: Product("none", "rows")])
