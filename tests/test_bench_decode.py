@@ -2,12 +2,16 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from dsv3_jax.inference.decode import at_rest
+from dsv3_jax.model.transformer import Execution
+from dsv3_jax.precision.policy import Recipe
 from dsv3_jax.training.accounting import count_parameters
 from experiments.bench.decode_report import equal_share, generation_seconds, step_bytes
-from tests.small import MODEL
+from tests.small import MODEL, parameters
 from tests.test_cli import TINY, assert_refused, run
 
 # Stands for a Python with torch: says its first token as ours would not, and answers only where the weights are those of a public folder.
@@ -36,6 +40,14 @@ def test_rates_follow_from_the_times_and_a_peer_gets_the_same_weights_and_prompt
     assert theirs["decode_tokens_per_second"] == 2 / 0.25 and np.shape(theirs["tokens"]) == np.shape(case["tokens"]) == (2, 3)
     assert generation_seconds(theirs) == 0.5 + 2 * 0.25 and f"{1 / generation_seconds(case):.2f}x" in done.stdout.splitlines()[-1]
     assert case["of_memory_limit"] > 0 and " 0.0%" in done.stdout.splitlines()[-1]  # no token is the same
+
+
+def test_a_step_in_fp8_reads_a_byte_less_for_each_weight_that_is_quantized_at_rest():
+    params = {name: part for name, part in parameters(MODEL)[0].items() if name != "mtp"}
+    resting = jax.tree.leaves(at_rest(params, Execution("bfloat16", recipe=Recipe(fp8=True))))
+    quantized = sum(leaf.size for leaf in resting if leaf.dtype.itemsize == 1)
+    wide, narrow = (step_bytes(MODEL, 10**6, 0, "bfloat16", fp8) for fp8 in (False, True))
+    assert wide - narrow == quantized > 0
 
 
 def test_tokens_count_as_equal_up_to_the_first_difference():

@@ -13,8 +13,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache, in_rows, init_cache
 from dsv3_jax.inference.sampling import Sampling, sample
 from dsv3_jax.model.layers import rms_norm
-from dsv3_jax.model.mla import Store, contiguous
+from dsv3_jax.model.mla import KvUp, Store, contiguous
 from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, embed, logits, unrolled
+from dsv3_jax.precision.linear import at_rest as kernel_at_rest
 
 
 def forward_cached(
@@ -118,19 +119,29 @@ def _through_stack(
 
 
 KEPT_WIDE = ("router", "scale", "norm")  # used in float32
+QUANTIZED = ("kernel", "gate_up_proj", "down_proj", "kv_b_proj")  # in FP8, but of an MTP module's own projection
 
 
 @functools.partial(jax.jit, static_argnames="execution")
 def at_rest(params: Params, execution: Execution) -> Params:
-    """Master weights as every use of them would cast them, once: the same numbers, half the bytes to read in bf16.
+    """Master weights as every use of them would cast, or quantize, them, once: the same numbers, a half or a quarter of the bytes to read.
 
-    In FP8 a kernel is quantized from its float32 master, so nothing is changed.
+    Gives nothing to train: kernels in FP8 have no gradients.
     """
+    recipe = execution.recipe
 
-    def one(path: tuple[Any, ...], leaf: Array) -> Array:
-        return leaf if path[-1].key in KEPT_WIDE else leaf.astype(execution.dtype)
+    def one(path: tuple[Any, ...], leaf: Array) -> Any:
+        *_, module, name = ("", *(part.key for part in path))
+        if name in KEPT_WIDE:
+            return leaf
+        cast = leaf.astype(execution.dtype)
+        if not recipe.fp8 or name not in QUANTIZED or module == "eh_proj":
+            return cast
+        of_one_product = leaf.reshape(*leaf.shape[:-2], -1) if name == "gate_up_proj" else leaf
+        quantized = kernel_at_rest(of_one_product, recipe)
+        return KvUp(quantized, cast) if name == "kv_b_proj" else quantized
 
-    return params if execution.recipe.fp8 else jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 class Draws(NamedTuple):

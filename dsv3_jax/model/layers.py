@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision.linear import Prepared, Roles, ffn, linear
 from dsv3_jax.precision.policy import BF16, LINEAR, Recipe, Role
+from dsv3_jax.precision.quantize import Kernel, Quantized
 
 
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
@@ -78,6 +79,18 @@ def rope(x: Float[Array, "b t h r"], positions: Int[Array, "b t"], config: Model
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+def kernel_param(module: nn.Module, name: str, std: float, shape: tuple[int, ...]) -> Kernel:
+    """A module's parameter for `precision.linear`, or what there is in its place at rest (`precision.linear.at_rest`)."""
+    if module.has_variable("params", name) and isinstance(resting := module.get_variable("params", name), Quantized):
+        return resting
+    return module.param(name, nn.initializers.normal(std), shape, jnp.float32)
+
+
+def joined(gate_up: Kernel) -> Kernel:
+    """Gate and up [..., d, 2, f] as the kernel of one product, [..., d, 2f], as which they are at rest."""
+    return gate_up if isinstance(gate_up, Quantized) else gate_up.reshape(*gate_up.shape[:-2], -1)
+
+
 class RMSNorm(nn.Module):
     """Owns the scale of `rms_norm`."""
 
@@ -99,7 +112,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, prepared: Prepared | None = None) -> Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), jnp.float32)
+        kernel = kernel_param(self, "kernel", self.init_std, (x.shape[-1], self.features))
         return linear(x, kernel, self.recipe, self.role, prepared)
 
 
@@ -113,8 +126,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, prepared: Prepared | None = None) -> Array:
-        d = x.shape[-1]
-        normal = nn.initializers.normal(self.init_std)
-        gate_up = self.param("gate_up_proj", normal, (d, 2, self.ffn_size), jnp.float32)
-        down = self.param("down_proj", normal, (self.ffn_size, d), jnp.float32)
-        return ffn(x, gate_up.reshape(d, -1), down, self.recipe, self.roles, prepared)
+        d, f = x.shape[-1], self.ffn_size
+        gate_up = kernel_param(self, "gate_up_proj", self.init_std, (d, 2, f))
+        down = kernel_param(self, "down_proj", self.init_std, (f, d))
+        return ffn(x, joined(gate_up), down, self.recipe, self.roles, prepared)

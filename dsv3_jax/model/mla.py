@@ -19,9 +19,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import Attended, attend
 from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
 from dsv3_jax.parallel.heads import Heads
-from dsv3_jax.precision.linear import Prepared, linear
+from dsv3_jax.precision.linear import Prepared, kernel_shape, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
-from dsv3_jax.precision.quantize import BLOCK
+from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized
 from pallas_kernels.mla_decode import mla_decode
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
@@ -44,19 +44,27 @@ class InPages(NamedTuple):
     lengths: Int[Array, " b"]  # with the queries
 
 
+class KvUp(NamedTuple):
+    """`kv_b_proj` as the training form and the absorbed one read it: the same, but at rest in FP8, where the first is quantized."""
+
+    expands: Kernel  # [r, hnv]
+    absorbed: Float[Array, "r hnv"]
+
+
 def expand(
-    c_kv: Float[Array, "b s r"], kv_b_proj: Float[Array, "r hnv"], heads: int, nope: int, recipe: Recipe = BF16
+    c_kv: Float[Array, "b s r"], kv_b_proj: Float[Array, "r hnv"] | Quantized, heads: int, nope: int, recipe: Recipe = BF16
 ) -> tuple[Float[Array, "b s h n"], Float[Array, "b s h v"]]:
     """Content keys `c_kv W_UK`, `nope` wide, and values `c_kv W_UV` of all heads (eq. 2, 5)."""
-    columns = kv_b_proj.reshape(kv_b_proj.shape[0], heads, -1)
 
-    def product(kernel: Array) -> Array:
-        return linear(c_kv, kernel.reshape(kernel.shape[0], -1), recipe).reshape(*c_kv.shape[:2], heads, -1)
+    def product(kernel: Kernel) -> Array:
+        return linear(c_kv, kernel, recipe).reshape(*c_kv.shape[:2], heads, -1)
 
-    if nope % BLOCK or columns.shape[-1] % BLOCK:
-        k_c, v = jnp.split(product(columns), [nope], axis=-1)
+    width = kernel_shape(kv_b_proj)[1] // heads
+    if isinstance(kv_b_proj, Quantized) or nope % BLOCK or width % BLOCK:
+        k_c, v = jnp.split(product(kv_b_proj), [nope], axis=-1)
     else:  # no block of weights has columns of both, and values need no copy to lie by themselves
-        k_c, v = map(product, jnp.split(columns, [nope], axis=-1))
+        parts = jnp.split(kv_b_proj.reshape(-1, heads, width), [nope], axis=-1)
+        k_c, v = (product(part.reshape(len(part), -1)) for part in parts)
     return k_c, v
 
 
@@ -89,7 +97,7 @@ _in_parts.defvjp(lambda projected, positions, config: (_in_parts(projected, posi
 def expanded_attention(
     queries: Queries,
     latent: Latent,
-    kv_b_proj: Float[Array, "r hnv"],
+    kv_b_proj: Float[Array, "r hnv"] | Quantized,
     scale: float,
     segment_ids: Int[Array, "b t"] | None,
     impl: str,
@@ -166,14 +174,13 @@ class MLA(nn.Module):
             self.q_b_proj = Linear(heads * c.qk_head_dim, std, self.recipe)
         self.kv_a_proj_with_mqa = Linear(c.kv_lora_rank + c.qk_rope_head_dim, std, self.recipe)
         self.kv_a_layernorm = RMSNorm(LATENT_NORM_EPS)
-        up_shape = (c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.kv_b_proj = self.param("kv_b_proj", nn.initializers.normal(std), up_shape, jnp.float32)
+        self.kv_up = self._kv_up()
         self.o_proj = Linear(c.hidden_size, std, self.recipe, AFTER_ATTENTION)
 
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
         queries, latent = self.queries(x, positions), self.latent(x, positions)
         scale = softmax_scale(self.config)
-        return self._project(*expanded_attention(queries, latent, self.kv_b_proj, scale, segment_ids, self.impl, self.recipe))
+        return self._project(*expanded_attention(queries, latent, self.kv_up.expands, scale, segment_ids, self.impl, self.recipe))
 
     def decode(
         self,
@@ -193,9 +200,9 @@ class MLA(nn.Module):
         new, scale = self.latent(x, positions), softmax_scale(self.config)
         cache, latents = store(cache, new, positions)
         if mask is None:
-            out = expanded_attention(queries, new, self.kv_b_proj, scale, None, self.impl, self.recipe).out
+            out = expanded_attention(queries, new, self.kv_up.expands, scale, None, self.impl, self.recipe).out
         else:
-            out = absorbed_attention(queries, latents, self.kv_b_proj, scale, mask)
+            out = absorbed_attention(queries, latents, self.kv_up.absorbed, scale, mask)
         return self._project(out), cache
 
     def queries(self, x: Float[Array, "b_own t_own d"], positions: Int[Array, "b t"]) -> Queries:
@@ -212,6 +219,14 @@ class MLA(nn.Module):
         compressed = self._of_group(checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent"))
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])
+
+    def _kv_up(self) -> KvUp:
+        c = self.config
+        if self.has_variable("params", "kv_b_proj") and isinstance(resting := self.get_variable("params", "kv_b_proj"), KvUp):
+            return resting
+        shape = (c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))
+        kernel = self.param("kv_b_proj", nn.initializers.normal(c.initializer_range), shape, jnp.float32)
+        return KvUp(kernel, kernel)
 
     def _project(self, out: Array, prepared: Prepared | None = None) -> Array:
         projected = self.o_proj(out.reshape(*out.shape[:2], -1), prepared)

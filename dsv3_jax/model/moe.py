@@ -15,14 +15,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.layers import SwiGLU
+from dsv3_jax.model.layers import SwiGLU, joined, kernel_param
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
 from dsv3_jax.parallel.expert import ALONE, Placement, arriving_pairs, combine_tokens, dispatch_tokens
-from dsv3_jax.precision.linear import Prepared, prepare, routed_ffn
+from dsv3_jax.precision.linear import Prepared, kernel_shape, prepare, routed_ffn
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, Recipe
-from dsv3_jax.precision.quantize import BLOCK
+from dsv3_jax.precision.quantize import BLOCK, Quantized
 from dsv3_jax.precision.rows import Rows
-from pallas_kernels.backend import is_hopper, platform
+from pallas_kernels.backend import is_hopper, platform, use_pallas
+
+FEW_TOKENS = 128  # of a decoding step: up to so many, a block with room for all of them is the smaller one for an expert
 
 
 class BlockPlan(NamedTuple):
@@ -31,6 +33,7 @@ class BlockPlan(NamedTuple):
     slot: Int[Array, "n k"]  # row of the flat buffer that holds the pair
     pair: Int[Array, " rows"]  # pair (token * k + choice) of each row; n * k for padding
     block_expert: Int[Array, " blocks"]  # n_experts: nobody's, at the end
+    used: Int[Array, " experts"] | None = None  # where every expert has one block: how many of its rows, the first ones, are pairs
 
     @property
     def rows(self) -> Rows:
@@ -89,6 +92,20 @@ def plan_blocks(experts: Int[Array, "n k"], n_experts: int, rows: int, most: int
     return BlockPlan(slot, pair, block_expert)
 
 
+def plan_few(experts: Int[Array, "n k"], n_experts: int) -> BlockPlan:
+    """A block for each expert, with room for all tokens, in whole eights: fewer rows than blocks of 128 have where tokens are few.
+
+    A token has to pick different experts.
+    """
+    rows = -(-experts.shape[0] // 8) * 8
+    flat = experts.reshape(-1)
+    used, place = _runs(flat, n_experts)
+    slot = flat * rows + place
+    pair = jnp.full(n_experts * rows, flat.size, jnp.int32).at[slot].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
+    slot = jax.lax.optimization_barrier(slot.reshape(experts.shape).astype(jnp.int32))  # as in `plan_blocks`
+    return BlockPlan(slot, pair, jnp.arange(n_experts, dtype=jnp.int32), used)
+
+
 _FEW_PAIRS = 256  # where comparing every pair with every other costs less than the kernels of a sort
 
 
@@ -119,8 +136,8 @@ _rows_of_gates.defvjp(lambda gates, plan: (_rows_of_gates(gates, plan), plan), l
 def expert_ffn(
     x: Float[Array, "n d"],
     routing: Routing,
-    gate_up: Float[Array, "e d 2 f"],
-    down: Float[Array, "e f d"],
+    gate_up: Float[Array, "e d 2 f"] | Quantized,
+    down: Float[Array, "e f d"] | Quantized,
     rows: int,
     recipe: Recipe = BF16,
     placement: Placement = ALONE,
@@ -132,14 +149,15 @@ def expert_ffn(
     gate then needs no copy of the down-projection's output, the largest activation of the layer. `prepared`: of x, where all
     experts are here.
     """
-    e, d = gate_up.shape[:2]
+    e = kernel_shape(down)[0]
     n_experts = e * placement.ranks
     arrived = dispatch_tokens(x, routing.experts, routing.gates, n_experts, placement, recipe.sends_inputs)
     n, k = routing.experts.shape
     most = arriving_pairs(n, k, n_experts, placement)
-    plan = plan_blocks(arrived.experts, e, rows, most if placement.hops else None)
+    few = isinstance(down, Quantized) and not placement.hops and n <= FEW_TOKENS and use_pallas(recipe.impl)
+    plan = plan_few(arrived.experts, e) if few else plan_blocks(arrived.experts, e, rows, most if placement.hops else None)
     gates = rows_of_gates(arrived.gates, plan)
-    y = routed_ffn(arrived.x, plan.rows, gate_up.reshape(e, d, -1), gates, down, plan.block_expert, recipe, prepared)
+    y = routed_ffn(arrived.x, plan.rows, joined(gate_up), gates, down, plan.block_expert, recipe, prepared, plan.used)
     fullness = jnp.maximum(arrived.fullness, (arrived.experts < e).sum() / most) if placement.hops else jnp.zeros(())
     return combine_tokens(y, arrived.plans, placement, recipe.sends_gradients), fullness
 
@@ -170,9 +188,9 @@ class Experts(nn.Module):
         if self.has_variable("params", REPLICA_SLOTS):
             here = self.get_variable("params", "gate_up_proj").shape[0]
             routing = routing._replace(experts=pick_replicas(routing.experts, self.get_variable("params", REPLICA_SLOTS)))
-        normal = nn.initializers.normal(c.initializer_range)
-        gate_up = self.param("gate_up_proj", normal, (here, c.hidden_size, 2, c.moe_intermediate_size), jnp.float32)
-        down = self.param("down_proj", normal, (here, c.moe_intermediate_size, c.hidden_size), jnp.float32)
+        d, f, std = c.hidden_size, c.moe_intermediate_size, c.initializer_range
+        gate_up = kernel_param(self, "gate_up_proj", std, (here, d, 2, f))
+        down = kernel_param(self, "down_proj", std, (here, f, d))
         rows = block_rows(routing.experts.size, here, platform())
         if self.recipe.fp8:
             rows = max(rows, BLOCK)  # a tile of Wgrad lies within a block

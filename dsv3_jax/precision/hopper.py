@@ -14,10 +14,18 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.policy import Recipe, Role
-from dsv3_jax.precision.quantize import BLOCK, Quantized
+from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.gemm import gemm, wgrad
-from pallas_kernels.grouped_gemm import TILE, first_tiles, grouped_gemm, grouped_gemm_bf16, grouped_wgrad, grouped_wgrad_bf16
+from pallas_kernels.grouped_gemm import (
+    TILE,
+    first_tiles,
+    grouped_gemm,
+    grouped_gemm_bf16,
+    grouped_wgrad,
+    grouped_wgrad_bf16,
+    masked_gemm,
+)
 from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import (
     gather_and_retile,
@@ -52,7 +60,13 @@ class Owners(NamedTuple):
     together: int
 
 
-Routed = tuple[Rows, Owners]
+class Few(NamedTuple):
+    """Rows of a decoding step: every expert has room for as many, and uses the first of them. It has no gradients."""
+
+    used: Int32[Array, " e"]
+
+
+Routed = tuple[Rows, Owners | Few]
 
 
 def unsupported(recipe: Recipe, dtype: Any, widths: tuple[int, ...], ffn_width: int | None, rows: int | None) -> str | None:
@@ -85,8 +99,10 @@ def quantized(x: Float[Array, "m k"], role: Role) -> tuple[Kept, Kept]:
     return Kept(values, scales), Kept(*kept)
 
 
-def fprop(x: Kept, kernel: Array, owned: Owners | None) -> Float[Array, "m n"]:
-    """The product with a kernel, or with that of each row's owner."""
+def fprop(x: Kept, kernel: Kernel, owned: Owners | Few | None) -> Float[Array, "m n"]:
+    """The product with a kernel, or with that of each row's owner; one at rest is quantized already."""
+    if isinstance(kernel, Quantized):
+        return _product(x, kernel.values, kernel.scales, owned)
     _, transposed, _, scales = quantize_blocks(kernel, _IMPL)
     return _product(x, transposed, scales, owned)
 
@@ -99,7 +115,7 @@ def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, 
 
 
 def ffn(
-    x: Kept, up: Array, gates: Float32[Array, " m"] | None, down: Array, routed: Routed | None, down_role: Role
+    x: Kept, up: Kernel, gates: Float32[Array, " m"] | None, down: Kernel, routed: Routed | None, down_role: Role
 ) -> tuple[Float[Array, "n n_out"], Kept]:
     """`(gates * swiglu(x up)) down`, and what is kept of the input of SwiGLU. `routed`: of the rows of each token, summed.
 
@@ -122,6 +138,7 @@ def ffn_gradients(
 ) -> tuple[Array, Array, Array | None, Array]:
     """Gradients of x, up, gates and down."""
     (inputs, hidden), (rows, owned) = kept, routed or (None, None)
+    assert not isinstance(owned, Few), "rows of a decoding step have no gradients"
     gradient, columns = _gradient_of_rows(dy, rows, roles[1].gradient_power_of_two)
     d_activated = _times_kernel_transposed(gradient, down, owned)
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two
@@ -195,9 +212,13 @@ def _times_kernel_transposed(x: Kept, kernel: Array, owned: Owners | None) -> Ar
     return _product(x, values, scales, owned)
 
 
-def _product(x: Kept, b: Array, b_scales: Array, owned: Owners | None) -> Array:
+def _product(x: Kept, b: Array, b_scales: Array, owned: Owners | Few | None) -> Array:
     if owned is None:
         return gemm(*x, b, b_scales, _IMPL)
+    if isinstance(owned, Few):
+        experts, (rows, width), tiles = owned.used.size, x.values.shape, len(x.scales)
+        scales = x.scales[:, :rows].reshape(tiles, experts, -1).swapaxes(0, 1)
+        return masked_gemm(x.values.reshape(experts, -1, width), scales, b, b_scales, owned.used, _IMPL).reshape(rows, -1)
     return grouped_gemm(*x, b, b_scales, owned.expert_of_tile, owned.together, _IMPL)
 
 

@@ -28,7 +28,7 @@ from dsv3_jax.precision import hopper
 from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.matmul import quantized_matmul
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
-from dsv3_jax.precision.quantize import BLOCK, Quantized, dequantize, quantize, retile
+from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized, dequantize, quantize, retile
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.backend import platform, use_pallas
 
@@ -46,12 +46,16 @@ class Prepared(NamedTuple):
 
 
 def linear(
-    x: Float[Array, "*b k"], kernel: Float[Array, "k n"], recipe: Recipe = BF16, role: Role = LINEAR, prepared: Prepared | None = None
+    x: Float[Array, "*b k"],
+    kernel: Float[Array, "k n"] | Quantized,
+    recipe: Recipe = BF16,
+    role: Role = LINEAR,
+    prepared: Prepared | None = None,
 ) -> Float[Array, "*b n"]:
     """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum). `prepared`: by `prepare`, of x."""
     rows = _rows(x)
     y = _product(rows, kernel, None, prepared, recipe, role)
-    return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], kernel.shape[1])
+    return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], -1)
 
 
 def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared | None:
@@ -65,6 +69,16 @@ def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared | N
     return Prepared(None, _named(_kept(rows, recipe, role), role.name))
 
 
+def at_rest(kernel: Float[Array, "*b k n"], recipe: Recipe) -> Quantized:
+    """A kernel for FP8, quantized once instead of in every product, and turned as Fprop reads it, [n, k]. It has no gradients."""
+    return quantize(kernel, recipe.weight_tile).transpose()
+
+
+def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
+    """[..., k, n]."""
+    return kernel.values.mT.shape if isinstance(kernel, Quantized) else kernel.shape
+
+
 def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
     """Rows of an input, as far as they are kept."""
     return dequantize(kept.as_reference() if isinstance(kept, hopper.Kept) else kept, dtype)
@@ -72,7 +86,7 @@ def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
 
 def grouped_linear(
     x: Float[Array, "blocks rows k"],
-    kernel: Float[Array, "experts k n"],
+    kernel: Float[Array, "experts k n"] | Quantized,
     block_expert: Int[Array, " blocks"],
     recipe: Recipe = BF16,
     role: Role = LINEAR,
@@ -95,17 +109,17 @@ def swiglu(gate_up: Float[Array, "*b two_f"]) -> Float[Array, "*b f"]:
 
 
 def swiglu_linear(
-    hidden: Float[Array, "*b two_f"], kernel: Float[Array, "f n"], recipe: Recipe = BF16, role: Role = LINEAR
+    hidden: Float[Array, "*b two_f"], kernel: Float[Array, "f n"] | Quantized, recipe: Recipe = BF16, role: Role = LINEAR
 ) -> Float[Array, "*b n"]:
     """`swiglu(hidden) @ kernel`; the backward pass keeps `hidden` (in FP8: quantized) and computes the activation again."""
     ones = jnp.ones((), hidden.dtype)
-    return _activated_product(_rows(hidden), ones, kernel, None, recipe, role).reshape(*hidden.shape[:-1], kernel.shape[1])
+    return _activated_product(_rows(hidden), ones, kernel, None, recipe, role).reshape(*hidden.shape[:-1], -1)
 
 
 def grouped_swiglu_linear(
     hidden: Float[Array, "blocks rows two_f"],
     gates: Float[Array, "blocks rows 1"],
-    kernel: Float[Array, "experts f n"],
+    kernel: Float[Array, "experts f n"] | Quantized,
     block_expert: Int[Array, " blocks"],
     recipe: Recipe = BF16,
 ) -> Float[Array, "blocks rows n"]:
@@ -115,15 +129,16 @@ def grouped_swiglu_linear(
 
 def ffn(
     x: Float[Array, "*b d"],
-    up: Float[Array, "d two_f"],
-    down: Float[Array, "f n"],
+    up: Float[Array, "d two_f"] | Quantized,
+    down: Float[Array, "f n"] | Quantized,
     recipe: Recipe = BF16,
     roles: Roles = (LINEAR, LINEAR),
     prepared: Prepared | None = None,
 ) -> Float[Array, "*b n"]:
     """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]. `prepared`: by `prepare`, of x, for the first of `roles`."""
-    if recipe.fp8 and _on_kernels(recipe, x, (*up.shape, *down.shape), down.shape[0]):
-        return _fused_ffn(_rows(x), prepared, _Weights(up, None, down), None, roles).reshape(*x.shape[:-1], down.shape[1])
+    width, _ = down_shape = kernel_shape(down)
+    if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up), *down_shape), width):
+        return _fused_ffn(_rows(x), prepared, _Weights(up, None, down), None, roles).reshape(*x.shape[:-1], -1)
     y = swiglu_linear(linear(x, up, recipe, roles[0], prepared), down, recipe, roles[1])
     return _rounded_gradient(y) if roles[1].gradient_power_of_two and recipe.sends_gradients else y
 
@@ -131,22 +146,25 @@ def ffn(
 def routed_ffn(
     x: Float[Array, "n d"],
     rows: Rows,
-    up: Float[Array, "experts d two_f"],
+    up: Float[Array, "experts d two_f"] | Quantized,
     gates: Float[Array, " rows"],
-    down: Float[Array, "experts f n_out"],
+    down: Float[Array, "experts f n_out"] | Quantized,
     block_expert: Int[Array, " blocks"],
     recipe: Recipe = BF16,
     prepared: Prepared | None = None,
+    used: Int[Array, " experts"] | None = None,
 ) -> Float[Array, "n n_out"]:
     """Each token's sum, over its rows, of `(gate * swiglu(x up)) down` with the kernels of the expert that owns the row's block.
 
     By the kernels for FP8, a token is quantized once and its rows are copies in one byte a number, in both directions. `prepared`: by
-    `prepare`, of x, for EXPERT_UP.
+    `prepare`, of x, for EXPERT_UP. `used`, where nothing is trained and every expert has one block, of any height: how many of its rows,
+    the first ones, belong to a token.
     """
     height = gates.size // block_expert.size
-    if recipe.fp8 and _on_kernels(recipe, x, (*up.shape[1:], *down.shape[1:]), down.shape[1], height):
+    _, width, _ = down_shape = kernel_shape(down)
+    if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up)[1:], *down_shape[1:]), width, height if used is None else None):
         weights = _Weights(up, gates.astype(jnp.float32), down)
-        return _fused_ffn(x, prepared, weights, (rows, block_expert), (EXPERT_UP, EXPERT_DOWN))
+        return _fused_ffn(x, prepared, weights, (rows, block_expert, used), (EXPERT_UP, EXPERT_DOWN))
     hidden = grouped_linear(dispatch(x, rows).reshape(-1, height, x.shape[1]), up, block_expert, recipe, EXPERT_UP)
     y = grouped_swiglu_linear(hidden, gates.reshape(-1, height, 1), down, block_expert, recipe)
     y = combine(_rows(y), rows)
@@ -170,15 +188,15 @@ _rounded_gradient.defvjp(lambda y: (y, None), _rounded)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _product(x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role) -> Array:
+def _product(x: Array, kernel: Kernel, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role) -> Array:
     # Nothing is kept, so there is no other format to make.
     return _product_fwd(x, kernel, block_expert, prepared, recipe, dataclasses.replace(role, stored=E4M3))[0]
 
 
 def _product_fwd(
-    x: Array, kernel: Array, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role
+    x: Array, kernel: Kernel, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role
 ) -> tuple[Array, tuple]:
-    if recipe.fp8 and _on_kernels(recipe, x, kernel.shape[-2:], rows=_block_rows(x, block_expert)):
+    if recipe.fp8 and _on_kernels(recipe, x, kernel_shape(kernel)[-2:], rows=_block_rows(x, block_expert)):
         inputs, kept = _for_kernels(_rows(x), prepared, role)
         y = hopper.fprop(inputs, kernel, _owners(x, kernel, block_expert))
         return y.reshape(*x.shape[:-1], -1), (kept, kernel, block_expert)
@@ -199,21 +217,24 @@ def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tupl
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _activated_product(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+def _activated_product(hidden: Array, gates: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
     y = _swiglu_product(hidden, gates, kernel, block_expert, recipe, role)
     return y if recipe.tap is None else _tapped(_activated(hidden, gates, recipe), kernel, block_expert, recipe, role, y)
 
 
-def _tapped(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role, y: Array) -> Array:
-    return y if recipe.tap is None else recipe.tap(x, kernel, block_expert, role, y)
+def _tapped(x: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role, y: Array) -> Array:
+    if recipe.tap is None:
+        return y
+    assert not isinstance(kernel, Quantized), "a tap sees masters"
+    return recipe.tap(x, kernel, block_expert, role, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _swiglu_product(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+def _swiglu_product(hidden: Array, gates: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
     return _swiglu_fwd(hidden, gates, kernel, block_expert, recipe, role)[0]
 
 
-def _swiglu_fwd(hidden: Array, gates: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
+def _swiglu_fwd(hidden: Array, gates: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role) -> tuple[Array, tuple]:
     kept = _named(quantize(hidden, recipe.input_tile) if recipe.fp8 else hidden, "swiglu_in")
     hidden = kept if isinstance(kept, Array) else hidden  # so the loop over layers sees that what is kept is used too
     y = _fprop(_activated(hidden, gates, recipe), kernel, block_expert, recipe, role).astype(hidden.dtype)
@@ -243,12 +264,13 @@ _swiglu_product.defvjp(_swiglu_fwd, _swiglu_bwd)
 class _Weights(NamedTuple):
     """What an FFN multiplies by; each row of experts has a gate."""
 
-    up: Array
+    up: Kernel
     gates: Array | None
-    down: Array
+    down: Kernel
 
 
-_Placed = tuple[Rows, Array] | None  # rows of tokens, and the expert of each block of them; None: tokens as they lie, and no experts
+# Rows of tokens, the expert of each block of them, and what is used of each; None: tokens as they lie, and no experts.
+_Placed = tuple[Rows, Array, Array | None] | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -269,11 +291,13 @@ def _fused_bwd(roles: Roles, residual: tuple, dy: Array) -> tuple[Array, None, _
     return dx, None, _Weights(d_up, d_gates, d_down), None
 
 
-def _routed(placed: _Placed, weights: _Weights) -> tuple[Rows, hopper.Owners] | None:
+def _routed(placed: _Placed, weights: _Weights) -> hopper.Routed | None:
     if placed is None:
         return None
-    rows, block_expert = placed
-    return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, weights.up.shape[0])
+    rows, block_expert, used = placed
+    if used is not None:
+        return rows, hopper.Few(used.astype(jnp.int32))
+    return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, kernel_shape(weights.up)[0])
 
 
 _fused_ffn.defvjp(_fused_fwd, _fused_bwd)
@@ -301,8 +325,8 @@ def _block_rows(x: Array, block_expert: BlockExpert) -> int | None:
     return None if block_expert is None else x.shape[1]
 
 
-def _owners(x: Array, kernel: Array, block_expert: BlockExpert) -> hopper.Owners | None:
-    return None if block_expert is None else hopper.owners(block_expert, x.shape[1], kernel.shape[0])
+def _owners(x: Array, kernel: Kernel, block_expert: BlockExpert) -> hopper.Owners | None:
+    return None if block_expert is None else hopper.owners(block_expert, x.shape[1], kernel_shape(kernel)[0])
 
 
 def _for_kernels(rows: Array, prepared: Prepared | None, role: Role) -> Prepared:
@@ -322,8 +346,9 @@ def _named[T](kept: T, name: str) -> T:
     return jax.tree.map(lambda part: checkpoint_name(part, name), kept)
 
 
-def _fprop(x: Array, kernel: Array, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
+def _fprop(x: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
     if not recipe.fp8:
+        assert not isinstance(kernel, Quantized), "kernels at rest are for FP8"
         if block_expert is not None and _on_kernels(recipe, x, kernel.shape[1:], rows=x.shape[1]):
             return hopper.grouped_bf16(_rows(x), kernel, hopper.owners(block_expert, x.shape[1], kernel.shape[0])).reshape(
                 *x.shape[:-1], -1
@@ -360,8 +385,9 @@ def _of_blocks(per_expert: Array, block_expert: BlockExpert) -> Array:
     return per_expert if block_expert is None else per_expert.at[block_expert].get(mode="clip")  # blocks without an expert hold zeros
 
 
-def _quantized_kernel(kernel: Array, block_expert: BlockExpert, recipe: Recipe) -> Quantized:
-    return jax.tree.map(lambda part: _of_blocks(part, block_expert), quantize(kernel, recipe.weight_tile))
+def _quantized_kernel(kernel: Kernel, block_expert: BlockExpert, recipe: Recipe) -> Quantized:
+    quantized = kernel.transpose() if isinstance(kernel, Quantized) else quantize(kernel, recipe.weight_tile)
+    return jax.tree.map(lambda part: _of_blocks(part, block_expert), quantized)
 
 
 def _sum_over_blocks(by_block: Array, kernel: Array, block_expert: BlockExpert) -> Array:

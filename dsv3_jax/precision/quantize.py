@@ -34,6 +34,9 @@ class Quantized:
         return Quantized(self.values.mT, self.scales.mT, self.tile[::-1])
 
 
+Kernel = Array | Quantized  # weights of a linear layer: the master, or what `precision.linear.at_rest` makes of it
+
+
 def quantize(x: Float[Array, "*b m n"], tile: Tile, format: Format = E4M3, power_of_two: bool = False) -> Quantized:
     """Rounds every tile to `format` after division by its scale. `power_of_two`: scales are rounded up to powers of two."""
     whole = _whole_tile(tile, x.shape)

@@ -3,7 +3,8 @@
     uv run -m experiments.bench.decode --config=configs/tiny.py
     uv run -m experiments.bench.decode --config=configs/tiny.py --batch=1,8 --context=128,384 --peer_python=PYTHON_WITH_TORCH
 
-Random weights and random prompts of equal length, greedy. Each token is fetched when it is there, as in serving. The
+Random weights, at rest as generation has them (in FP8 with --config.precision.policy=fp8), and random prompts of equal length, greedy.
+Each token is fetched when it is there, as in serving. The
 time to the first token is the prefill with the choice of the token; compilation is apart. The limit of the memory is what a step
 cannot avoid to read, the weights that work on the batch and its latents, at the speed of a copy timed in the same run.
 With --peer_python, a Python that has torch and transformers, the weights are exported as a public checkpoint, and `generate` of
@@ -59,23 +60,26 @@ def measure(config: Config, cases: list[tuple[int, int]]) -> dict[str, Any]:
     """Figures of every case, batch and context in the order of `cases`, of ours and of the peer where there is one."""
     import jax
 
+    from dsv3_jax.inference.decode import at_rest
     from dsv3_jax.model.init import init_params, init_router_bias
     from dsv3_jax.model.transformer import Execution
     from experiments.bench.timing import copy_rate
 
-    dtype = config.train.compute_dtype
-    params = jax.jit(lambda key: jax.tree.map(lambda p: p.astype(dtype), init_params(config.model, key)))(jax.random.key(0))
-    model = (params, init_router_bias(config.model), config.model, Execution.of(config, 0))
+    dtype, fp8 = config.train.compute_dtype, config.precision.policy == "fp8"
+    execution, bias = Execution.of(config, 0), init_router_bias(config.model)
+    masters = jax.jit(init_params, static_argnums=0)(config.model, jax.random.key(0))
+    model = (at_rest(masters, execution), bias, config.model, execution)
     figures: dict[str, Any] = {
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}, {dtype}",
+        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()}), jax {jax.__version__}, {dtype}{', FP8' * fp8}",
         "copy_bytes_per_second": copy_rate(),
         "ours": [],
     }
     with tempfile.TemporaryDirectory() as folder:
-        peer = start_peer(model, Path(folder), dtype) if PEER.value else None
+        peer = start_peer(config.model, masters, bias, Path(folder), dtype) if PEER.value else None
+        del masters
         for batch, context in cases:
             prompts = _prompts(config.model, batch, context)
-            limit = step_bytes(config.model, batch, context, dtype) / figures["copy_bytes_per_second"]
+            limit = step_bytes(config.model, batch, context, dtype, fp8) / figures["copy_bytes_per_second"]
             ours = _measure_case(model, prompts)
             figures["ours"].append(ours | {"of_memory_limit": limit / ours["between_tokens_seconds"]})
             if peer:
@@ -88,12 +92,14 @@ def measure(config: Config, cases: list[tuple[int, int]]) -> dict[str, Any]:
     return figures
 
 
-def start_peer(model: tuple, folder: Path, dtype: str) -> Peer:
-    """transformers with these weights, which travel through a public checkpoint below `folder`."""
+def start_peer(config: ModelConfig, masters: Any, bias: Any, folder: Path, dtype: str) -> Peer:
+    """transformers with these weights in `dtype`, which travel through a public checkpoint below `folder`."""
+    import jax
+
     from dsv3_jax.interop.export import export
     from dsv3_jax.interop.weights import ArraySource
 
-    params, bias, config, _ = model
+    params = jax.tree.map(lambda p: p.astype(dtype), masters)
     export(ArraySource(config, params, bias), folder / "weights", "source", {}, folder)
     threads = len(os.sched_getaffinity(0))
     return Peer(

@@ -5,9 +5,14 @@ from typing import Any
 from dsv3_jax.config import ModelConfig
 from experiments.output import table
 
+IN_FP8 = ("attention", "feed-forward", "shared experts", "routed experts")
 
-def step_bytes(config: ModelConfig, batch: int, context: int, dtype: str) -> float:
-    """Bytes that a decode step has to read: weights, of the routed experts those that a batch picks if all are as likely, and latents."""
+
+def step_bytes(config: ModelConfig, batch: int, context: int, dtype: str, fp8: bool = False) -> float:
+    """Bytes that a decode step has to read: weights, of the routed experts those that a batch picks if all are as likely, and latents.
+
+    In FP8 weights of linear layers are one byte; their scales, a two-thousandth of that, are left out.
+    """
     import jax.numpy as jnp
 
     from dsv3_jax.training.accounting import cache_bytes_per_token, parameter_parts
@@ -15,8 +20,12 @@ def step_bytes(config: ModelConfig, batch: int, context: int, dtype: str) -> flo
     itemsize = jnp.dtype(dtype).itemsize
     unpicked = (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch
     held = {"routed experts": 1 - unpicked, "embedding": float(config.tie_word_embeddings)}  # an embedding is a row a token
-    weights = sum(part.parameters * held.get(part.name, 1.0) for part in parameter_parts(config) if part.section != "mtp")
-    return weights * itemsize + batch * context * cache_bytes_per_token(config) * itemsize / 2  # those are bytes of bf16
+    weights = sum(
+        part.parameters * held.get(part.name, 1.0) * (1 if fp8 and part.name in IN_FP8 else itemsize)
+        for part in parameter_parts(config)
+        if part.section != "mtp"
+    )
+    return weights + batch * context * cache_bytes_per_token(config) * itemsize / 2  # those are bytes of bf16
 
 
 def render(figures: dict[str, Any]) -> str:

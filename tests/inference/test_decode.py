@@ -6,7 +6,9 @@ import pytest
 from dsv3_jax.inference.cache import init_cache
 from dsv3_jax.inference.decode import at_rest, forward_cached, generate
 from dsv3_jax.inference.sampling import GREEDY, Sampling, sample, top_p_mask
+from dsv3_jax.inference.speculative import generate_speculatively
 from dsv3_jax.model.transformer import Execution, logits, trunk
+from dsv3_jax.precision.policy import Recipe
 from tests.small import MODEL, model, parameters, rows
 
 EXECUTION = Execution()
@@ -53,6 +55,27 @@ def test_weights_at_rest_give_the_same_numbers():
     run = jax.jit(trunk, static_argnums=(3, 4))
     one, other = (run(p, bias, rows(MODEL, 2, 10), MODEL, execution).hidden for p in (params, resting))
     np.testing.assert_array_equal(one.astype(jnp.float32), other.astype(jnp.float32))
+
+
+def test_kernels_at_rest_in_fp8_give_the_same_numbers():
+    """All forms: training and prefill, the absorbed one, and an MTP module, whose own projection is none of FP8."""
+    execution, (params, bias) = Execution("bfloat16", recipe=Recipe(fp8=True)), parameters(MODEL)
+    resting = at_rest(params, execution)
+    kernel, projection = resting["moe"]["self_attn"]["o_proj"]["kernel"], resting["mtp"]["eh_proj"]["kernel"]
+    assert (kernel.values.dtype, projection.dtype) == (jnp.float8_e4m3fn, jnp.bfloat16)
+    assert resting["mtp"]["block"]["mlp"]["experts"]["down_proj"].values.dtype == jnp.float8_e4m3fn
+    settings = dict(max_new_tokens=6, temperature=0.0, top_p=1.0, key=jax.random.key(0))
+
+    def steps(params):
+        hidden = jax.jit(trunk, static_argnums=(3, 4))(params, bias, rows(MODEL, 2, 10), MODEL, execution).hidden
+        greedy = [*generate(params, bias, [[3, 1, 4], [5]], MODEL, execution, **settings)]
+        drafted = [*generate_speculatively(params, bias, [[3, 1, 4]], MODEL, execution, drafts=1, **settings)]
+        return np.float32(hidden), np.stack(greedy), [(done.proposed, done.accepted, done.tokens) for done in drafted]
+
+    (hidden, greedy, drafted), (hidden_resting, *generated) = steps(params), steps(resting)
+    np.testing.assert_array_equal(hidden, hidden_resting)
+    np.testing.assert_array_equal(greedy, generated[0])
+    assert drafted == generated[1]
 
 
 @pytest.mark.parametrize("prompts", [[[]], [[1] * 60]])

@@ -9,9 +9,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.model.moe import MoE, expert_ffn
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.expert import pack, unpack
-from dsv3_jax.precision.linear import ffn, grouped_linear, linear, prepare, restored
+from dsv3_jax.precision import hopper
+from dsv3_jax.precision.linear import at_rest, ffn, grouped_linear, linear, prepare, restored
 from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe
-from pallas_kernels import gemm, quantize
+from pallas_kernels import gemm, grouped_gemm, quantize
 from pallas_kernels.quantize.reference import dequantize_rows
 from tests.kernels import interpreter  # noqa: F401, makes it quicker
 from tests.small import model
@@ -107,6 +108,35 @@ def test_routed_ffn(width):
         return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
 
     assert_same(both_ways(layer, (random(3, 150, width).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_routed_ffn_of_a_decoding_step(tokens, monkeypatch):
+    """Kernels at rest, few tokens: a block for each expert, of which the third has none; against masters, in plain JAX."""
+    experts = jnp.stack([jnp.arange(tokens) % 2, jnp.full(tokens, 3)], 1).astype(jnp.int32)
+    gates, x = jnp.abs(random(0, tokens, 2)), random(3, tokens, 192).astype(jnp.bfloat16)
+    up, down = random(1, 4, 192, 2, 128) / 8, random(2, 4, 128, 192) / 8
+
+    def layer(up, down, recipe):
+        return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
+
+    def by_kernels(up, down):
+        recipe, called = Recipe(fp8=True, impl="pallas"), []
+        monkeypatch.setattr(hopper, "masked_gemm", lambda *a: called.append(a) or grouped_gemm.masked_gemm(*a))
+        out = layer(at_rest(up.reshape(4, 192, 256), recipe), at_rest(down, recipe), recipe)
+        assert len(called) == 2
+        return out
+
+    results = jax.jit(by_kernels)(up, down), jax.jit(lambda *w: layer(*w, Recipe(fp8=True, impl="reference")))(up, down)
+    assert_same(([result] for result in results), 4e-3)
+
+
+def test_kernels_at_rest_give_the_same_numbers():
+    x, up, down = random(0, 50, 64).astype(jnp.bfloat16), random(1, 64, 256) / 8, random(2, 128, 192) / 8
+    recipe = Recipe(fp8=True, impl="pallas")
+    run = jax.jit(lambda up, down: (ffn(x, up, down, recipe), linear(x, up, recipe)))
+    for out, rested in zip(run(up, down), run(at_rest(up, recipe), at_rest(down, recipe)), strict=True):
+        np.testing.assert_array_equal(np.float32(out), np.float32(rested))
 
 
 def test_both_kinds_of_experts_keep_the_same_tokens():

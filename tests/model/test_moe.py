@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.model import moe
-from dsv3_jax.model.moe import block_rows, expert_ffn, plan_blocks
+from dsv3_jax.model.moe import block_rows, expert_ffn, plan_blocks, plan_few
 from dsv3_jax.model.router import Routing
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 
@@ -60,11 +60,27 @@ def test_matches_one_expert_at_a_time(n, k, e, skew, rows):
 def test_plan_drops_nothing(n, k, e, rows, seed):
     experts = np.random.default_rng(seed).integers(0, e, (n, k))
     plan = plan_blocks(jnp.asarray(experts), e, rows)
-    slot, pair, block_expert = (np.asarray(a) for a in plan)
+    assert plan.used is None
+    slot, pair, block_expert = (np.asarray(a) for a in plan[:3])
     np.testing.assert_array_equal(np.sort(pair[slot.reshape(-1)]), np.arange(n * k))  # every pair has a row of its own
     assert (pair < n * k).sum() == n * k  # and all other rows are padding
     np.testing.assert_array_equal(block_expert[slot // rows], experts)
     assert (np.diff(block_expert) >= 0).all()
+
+
+@pytest.mark.parametrize(("n", "k", "e"), [(1, 1, 1), (1, 3, 7), (13, 2, 5), (40, 8, 8)])
+def test_plan_of_few_tokens_drops_nothing(n, k, e):
+    rng = np.random.default_rng(0)
+    experts = np.stack([rng.permutation(e)[:k] for _ in range(n)])
+    plan = plan_few(jnp.asarray(experts), e)
+    slot, pair, used = (np.asarray(a) for a in (plan.slot, plan.pair, plan.used))
+    rows = pair.size // e
+    assert rows % 8 == 0 and n <= rows < n + 8
+    np.testing.assert_array_equal(pair[slot.reshape(-1)], np.arange(n * k))
+    assert (pair < n * k).sum() == n * k
+    np.testing.assert_array_equal(slot // rows, experts)
+    np.testing.assert_array_equal(used, np.bincount(experts.reshape(-1), minlength=e))
+    assert (slot % rows < used[experts]).all()  # the first rows of each
 
 
 @pytest.mark.parametrize("most", [None, 90])
