@@ -26,6 +26,7 @@ ONLY = flags.DEFINE_list("only", [""], "Time only rows whose name holds one of t
 DENSE = [(4096, 2112, 7168), (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168), (4096, 7168, 2048),
          (8192, 8192, 8192), (64, 7168, 16384), (128, 7168, 16384)]  # fmt: skip
 GROUPS = [(4, 8192), (8, 4096), (32, 1024)]
+MASKED = (32, 64)  # experts of a decoding step, and rows of each
 UNEVEN = 256  # experts whose loads follow a power law
 EXPERT = [(4096, 7168), (7168, 2048)]
 WGRAD = [(7168, 4096, 4096), (2048, 7168, 4096)]
@@ -112,6 +113,13 @@ def rows() -> list[Row]:
         uneven = lambda a, sa, b, sb, owner: grouped_gemm.grouped_gemm(a, sa, b, sb, owner, 1)  # noqa: E731
         question = {"kind": "grouped", "owners": owners.tolist(), "groups": UNEVEN, "n": n, "k": k}
         table.append(Row(f"grouped {UNEVEN} uneven, {m},{n},{k}", uneven, shapes, 2 * m * n * k, errors.blocks, owners, question=question))
+    e, m = MASKED
+    used = jnp.full(e, m, jnp.int32)
+    for n, k in EXPERT:
+        shapes = ((e, m, k), f8), ((e, k // 128, 128), f32), ((e, n, k), f8), ((e, -(-n // 128), k // 128), f32)
+        masked = lambda a, sa, b, sb: grouped_gemm.masked_gemm(a, sa, b, sb, used)  # noqa: E731
+        question = {"kind": "masked", "groups": e, "m": m, "n": n, "k": k}
+        table.append(Row(f"masked {e} x {m},{n},{k}", masked, shapes, 2 * e * m * n * k, errors.first_expert, question=question))
     e, m, n, k = 4, 4096, 7168, 8192
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
     run = lambda a, sa, b, sb, *addend: grouped_gemm.grouped_wgrad(a, sa, b, sb, first, *addend)  # noqa: E731

@@ -63,6 +63,20 @@ def grouped(owners: list[int], groups: int, n: int, k: int) -> Product:
     return Product(run, *first_rows(out, a, BLOCK), Blocks(weights[owners[0]], scales[owners[0]], BLOCK))
 
 
+def masked(groups: int, m: int, n: int, k: int) -> Product:
+    """The same for as many rows of each expert, of which a call may use fewer: all are used."""
+    import deep_gemm
+
+    values, scales = draw(groups, m, k), draw_scales(groups, k // BLOCK, m).mT
+    weights, of_weights = draw(groups, n, k), draw_scales(groups, -(-n // BLOCK), k // BLOCK)
+    out, used = torch.empty(groups, m, n, dtype=torch.bfloat16, device="cuda"), torch.full((groups,), m, dtype=torch.int32, device="cuda")
+
+    def run() -> None:
+        deep_gemm.m_grouped_fp8_gemm_nt_masked((values, scales), (weights, of_weights), out, used, m)
+
+    return Product(run, *first_rows(out[0], Blocks(values[0], scales[0], 1)), Blocks(weights[0], of_weights[0], BLOCK))
+
+
 def wgrad(m: int, n: int, k: int) -> Product:
     """1x128 by 1x128 scales, added to float32."""
     import deep_gemm
@@ -88,7 +102,13 @@ def grouped_wgrad(groups: int, m: int, n: int, k: int) -> Product:
     return Product(run, *first_rows(out[0], first), right)
 
 
-PRODUCTS: dict[str, Callable[..., Product]] = {"dense": dense, "grouped": grouped, "wgrad": wgrad, "grouped wgrad": grouped_wgrad}
+PRODUCTS: dict[str, Callable[..., Product]] = {
+    "dense": dense,
+    "grouped": grouped,
+    "masked": masked,
+    "wgrad": wgrad,
+    "grouped wgrad": grouped_wgrad,
+}
 
 
 def error(product: Product) -> float:
