@@ -32,6 +32,8 @@ def cases():
     yield "grouped", kernels_error.blocks, grouped, [((256, 200), F8), ((2, 256), F32), e, scales_e], OWNERS
     shapes = [((3, 16, 200), F8), ((3, 2, 128), F32), e, scales_e]
     yield "masked", kernels_error.first_expert, lambda *x: grouped_gemm.masked_gemm(*x, jnp.array([16, 9, 0])), shapes, None
+    masked = lambda a, b: grouped_gemm.masked_gemm_bf16(a, b, jnp.array([16, 0]))  # noqa: E731
+    yield "masked bfloat16", kernels_error.first_lies, masked, [((2, 16, 48), BF16), ((2, 48, 40), BF16)], None
     yield "bfloat16", kernels_error.plain, lambda a, b: a @ b.T, [((300, 48), BF16), ((40, 48), BF16)], None
     yield "grouped bfloat16", kernels_error.plain, half, [((256, 64), BF16), ((3, 40, 64), BF16)], OWNERS
     yield "weights as they lie", kernels_error.weights_lie, lie, [((128, 48), BF16), ((2, 48, 40), BF16)], None

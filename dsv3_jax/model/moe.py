@@ -18,7 +18,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import SwiGLU, joined, kernel_param
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
 from dsv3_jax.parallel.expert import ALONE, Placement, arriving_pairs, combine_tokens, dispatch_tokens
-from dsv3_jax.precision.linear import Prepared, kernel_shape, prepare, routed_ffn
+from dsv3_jax.precision.hopper import Few
+from dsv3_jax.precision.linear import Prepared, is_at_rest, kernel_shape, prepare, routed_ffn
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, Recipe
 from dsv3_jax.precision.quantize import BLOCK, Quantized
 from dsv3_jax.precision.rows import Rows
@@ -32,8 +33,7 @@ class BlockPlan(NamedTuple):
 
     slot: Int[Array, "n k"]  # row of the flat buffer that holds the pair
     pair: Int[Array, " rows"]  # pair (token * k + choice) of each row; n * k for padding
-    block_expert: Int[Array, " blocks"]  # n_experts: nobody's, at the end
-    used: Int[Array, " experts"] | None = None  # where every expert has one block: how many of its rows, the first ones, are pairs
+    block_expert: Int[Array, " blocks"] | Few  # n_experts: nobody's, at the end
 
     @property
     def rows(self) -> Rows:
@@ -103,7 +103,7 @@ def plan_few(experts: Int[Array, "n k"], n_experts: int) -> BlockPlan:
     slot = flat * rows + place
     pair = jnp.full(n_experts * rows, flat.size, jnp.int32).at[slot].set(jnp.arange(flat.size, dtype=jnp.int32), unique_indices=True)
     slot = jax.lax.optimization_barrier(slot.reshape(experts.shape).astype(jnp.int32))  # as in `plan_blocks`
-    return BlockPlan(slot, pair, jnp.arange(n_experts, dtype=jnp.int32), used)
+    return BlockPlan(slot, pair, Few(used.astype(jnp.int32)))
 
 
 _FEW_PAIRS = 256  # where comparing every pair with every other costs less than the kernels of a sort
@@ -154,10 +154,10 @@ def expert_ffn(
     arrived = dispatch_tokens(x, routing.experts, routing.gates, n_experts, placement, recipe.sends_inputs)
     n, k = routing.experts.shape
     most = arriving_pairs(n, k, n_experts, placement)
-    few = isinstance(down, Quantized) and not placement.hops and n <= FEW_TOKENS and use_pallas(recipe.impl)
+    few = is_at_rest(down) and not placement.hops and n <= FEW_TOKENS and use_pallas(recipe.impl)
     plan = plan_few(arrived.experts, e) if few else plan_blocks(arrived.experts, e, rows, most if placement.hops else None)
     gates = rows_of_gates(arrived.gates, plan)
-    y = routed_ffn(arrived.x, plan.rows, joined(gate_up), gates, down, plan.block_expert, recipe, prepared, plan.used)
+    y = routed_ffn(arrived.x, plan.rows, joined(gate_up), gates, down, plan.block_expert, recipe, prepared)
     fullness = jnp.maximum(arrived.fullness, (arrived.experts < e).sum() / most) if placement.hops else jnp.zeros(())
     return combine_tokens(y, arrived.plans, placement, recipe.sends_gradients), fullness
 

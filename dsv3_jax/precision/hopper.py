@@ -25,6 +25,7 @@ from pallas_kernels.grouped_gemm import (
     grouped_wgrad,
     grouped_wgrad_bf16,
     masked_gemm,
+    masked_gemm_bf16,
 )
 from pallas_kernels.parts import Operand
 from pallas_kernels.quantize import (
@@ -38,6 +39,7 @@ from pallas_kernels.quantize import (
     swiglu_quantize,
 )
 
+NO_GRADIENTS = "rows of a decoding step have no gradients"
 _IMPL = "pallas"  # whoever calls this module has chosen
 
 
@@ -61,7 +63,8 @@ class Owners(NamedTuple):
 
 
 class Few(NamedTuple):
-    """Rows of a decoding step: every expert has room for as many, and uses the first of them. It has no gradients."""
+    """Rows of a decoding step: every expert has a block of as many, and uses the first of them; what becomes of the others is not said.
+    It has no gradients."""
 
     used: Int32[Array, " e"]
 
@@ -138,7 +141,7 @@ def ffn_gradients(
 ) -> tuple[Array, Array, Array | None, Array]:
     """Gradients of x, up, gates and down."""
     (inputs, hidden), (rows, owned) = kept, routed or (None, None)
-    assert not isinstance(owned, Few), "rows of a decoding step have no gradients"
+    assert not isinstance(owned, Few), NO_GRADIENTS
     gradient, columns = _gradient_of_rows(dy, rows, roles[1].gradient_power_of_two)
     d_activated = _times_kernel_transposed(gradient, down, owned)
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two
@@ -150,8 +153,11 @@ def ffn_gradients(
     return dx, d_up, d_gates, _wgrad((activated, of_activated), columns, owned)
 
 
-def grouped_bf16(x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners) -> Float[Array, "m n"]:
+def grouped_bf16(x: Float[Array, "m k"], kernel: Float[Array, "e k n"], owned: Owners | Few) -> Float[Array, "m n"]:
     """The product of the BF16 policy, with weights as they lie: turned ones would be written anew in every pass, and for every token."""
+    if isinstance(owned, Few):
+        by_expert = x.reshape(owned.used.size, -1, x.shape[1])
+        return masked_gemm_bf16(by_expert, _cast(kernel, x), owned.used, _IMPL).reshape(x.shape[0], -1)
     return grouped_gemm_bf16(x, _cast(kernel, x), owned.expert_of_tile, owned.together, _IMPL, contraction_first=True)
 
 

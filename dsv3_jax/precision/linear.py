@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.precision import hopper
 from dsv3_jax.precision.formats import E4M3
+from dsv3_jax.precision.hopper import Few
 from dsv3_jax.precision.matmul import quantized_matmul
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
 from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized, dequantize, quantize, retile
@@ -34,7 +35,7 @@ from pallas_kernels.backend import platform, use_pallas
 
 _log = logging.getLogger(__name__)
 
-BlockExpert = Int[Array, " blocks"] | None  # None: one kernel for all rows
+BlockExpert = Int[Array, " blocks"] | Few | None  # None: one kernel for all rows
 Roles = tuple[Role, Role]  # of an FFN's first and second product
 
 
@@ -79,6 +80,11 @@ def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
     return kernel.values.mT.shape if isinstance(kernel, Quantized) else kernel.shape
 
 
+def is_at_rest(kernel: Kernel) -> bool:
+    """Whether nothing can be trained: masters are float32."""
+    return isinstance(kernel, Quantized) or kernel.dtype != jnp.float32
+
+
 def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
     """Rows of an input, as far as they are kept."""
     return dequantize(kept.as_reference() if isinstance(kept, hopper.Kept) else kept, dtype)
@@ -87,12 +93,12 @@ def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
 def grouped_linear(
     x: Float[Array, "blocks rows k"],
     kernel: Float[Array, "experts k n"] | Quantized,
-    block_expert: Int[Array, " blocks"],
+    block_expert: Int[Array, " blocks"] | Few,
     recipe: Recipe = BF16,
     role: Role = LINEAR,
 ) -> Float[Array, "blocks rows n"]:
     """Each block of rows times the kernel of its expert; `block_expert` is sorted, experts may own no block.
-    The number of experts stands for blocks that none owns, which hold zeros.
+    The number of experts stands for blocks that none owns, which hold zeros. Or every expert has one block, of a `Few` rows.
 
     Rows that pad a block are zero, so they add nothing to Wgrad. The kernels of all blocks are gathered
     first: on a CPU this one batched product runs at the speed of a dense one, where `lax.ragged_dot`
@@ -120,7 +126,7 @@ def grouped_swiglu_linear(
     hidden: Float[Array, "blocks rows two_f"],
     gates: Float[Array, "blocks rows 1"],
     kernel: Float[Array, "experts f n"] | Quantized,
-    block_expert: Int[Array, " blocks"],
+    block_expert: Int[Array, " blocks"] | Few,
     recipe: Recipe = BF16,
 ) -> Float[Array, "blocks rows n"]:
     """`(gates * swiglu(hidden)) @ kernel[block_expert]`: the down-projection of routed experts."""
@@ -149,22 +155,20 @@ def routed_ffn(
     up: Float[Array, "experts d two_f"] | Quantized,
     gates: Float[Array, " rows"],
     down: Float[Array, "experts f n_out"] | Quantized,
-    block_expert: Int[Array, " blocks"],
+    block_expert: Int[Array, " blocks"] | Few,
     recipe: Recipe = BF16,
     prepared: Prepared | None = None,
-    used: Int[Array, " experts"] | None = None,
 ) -> Float[Array, "n n_out"]:
     """Each token's sum, over its rows, of `(gate * swiglu(x up)) down` with the kernels of the expert that owns the row's block.
 
     By the kernels for FP8, a token is quantized once and its rows are copies in one byte a number, in both directions. `prepared`: by
-    `prepare`, of x, for EXPERT_UP. `used`, where nothing is trained and every expert has one block, of any height: how many of its rows,
-    the first ones, belong to a token.
+    `prepare`, of x, for EXPERT_UP.
     """
-    height = gates.size // block_expert.size
+    height = gates.size // _blocks(block_expert)
     _, width, _ = down_shape = kernel_shape(down)
-    if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up)[1:], *down_shape[1:]), width, height if used is None else None):
+    if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up)[1:], *down_shape[1:]), width, _height(height, block_expert)):
         weights = _Weights(up, gates.astype(jnp.float32), down)
-        return _fused_ffn(x, prepared, weights, (rows, block_expert, used), (EXPERT_UP, EXPERT_DOWN))
+        return _fused_ffn(x, prepared, weights, (rows, block_expert), (EXPERT_UP, EXPERT_DOWN))
     hidden = grouped_linear(dispatch(x, rows).reshape(-1, height, x.shape[1]), up, block_expert, recipe, EXPERT_UP)
     y = grouped_swiglu_linear(hidden, gates.reshape(-1, height, 1), down, block_expert, recipe)
     y = combine(_rows(y), rows)
@@ -196,7 +200,7 @@ def _product(x: Array, kernel: Kernel, block_expert: BlockExpert, prepared: Prep
 def _product_fwd(
     x: Array, kernel: Kernel, block_expert: BlockExpert, prepared: Prepared | None, recipe: Recipe, role: Role
 ) -> tuple[Array, tuple]:
-    if recipe.fp8 and _on_kernels(recipe, x, kernel_shape(kernel)[-2:], rows=_block_rows(x, block_expert)):
+    if recipe.fp8 and _on_kernels(recipe, x, kernel_shape(kernel)[-2:], rows=_height(x.shape[-2], block_expert)):
         inputs, kept = _for_kernels(_rows(x), prepared, role)
         y = hopper.fprop(inputs, kernel, _owners(x, kernel, block_expert))
         return y.reshape(*x.shape[:-1], -1), (kept, kernel, block_expert)
@@ -208,8 +212,10 @@ def _product_fwd(
 
 def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None, None]:
     kept, kernel, block_expert = residual
+    assert not isinstance(block_expert, Few), hopper.NO_GRADIENTS
     if isinstance(kept, hopper.Kept):
-        dx, d_kernel = hopper.gradients(kept, kernel, _owners(dy, kernel, block_expert), _rows(dy), role)
+        owned = None if block_expert is None else hopper.owners(block_expert, dy.shape[1], kernel.shape[0])
+        dx, d_kernel = hopper.gradients(kept, kernel, owned, _rows(dy), role)
         return dx.reshape(*dy.shape[:-1], -1), d_kernel, None, None
     return (*_gradients(kept, kernel, block_expert, dy, recipe, role), None, None)
 
@@ -225,7 +231,7 @@ def _activated_product(hidden: Array, gates: Array, kernel: Kernel, block_expert
 def _tapped(x: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role, y: Array) -> Array:
     if recipe.tap is None:
         return y
-    assert not isinstance(kernel, Quantized), "a tap sees masters"
+    assert not isinstance(kernel, Quantized) and not isinstance(block_expert, Few), "a tap sees masters, and whole blocks"
     return recipe.tap(x, kernel, block_expert, role, y)
 
 
@@ -250,6 +256,7 @@ def _activated(hidden: Array, gates: Array, recipe: Recipe) -> Array:
 
 def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
     kept, gates, kernel, block_expert = residual
+    assert not isinstance(block_expert, Few), hopper.NO_GRADIENTS
     hidden = dequantize(kept) if recipe.fp8 else kept
     activated, gradient_of_activation = jax.vjp(lambda h, g: _activated(h, g, recipe), hidden, gates)
     again = _kept(activated, recipe, role) if recipe.fp8 else activated
@@ -269,8 +276,7 @@ class _Weights(NamedTuple):
     down: Kernel
 
 
-# Rows of tokens, the expert of each block of them, and what is used of each; None: tokens as they lie, and no experts.
-_Placed = tuple[Rows, Array, Array | None] | None
+_Placed = tuple[Rows, Array | Few] | None  # rows of tokens, and the expert of each block of them; None: tokens as they lie, and no experts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -294,9 +300,9 @@ def _fused_bwd(roles: Roles, residual: tuple, dy: Array) -> tuple[Array, None, _
 def _routed(placed: _Placed, weights: _Weights) -> hopper.Routed | None:
     if placed is None:
         return None
-    rows, block_expert, used = placed
-    if used is not None:
-        return rows, hopper.Few(used.astype(jnp.int32))
+    rows, block_expert = placed
+    if isinstance(block_expert, Few):
+        return rows, block_expert
     return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, kernel_shape(weights.up)[0])
 
 
@@ -321,12 +327,19 @@ def _log_reference(reason: str) -> None:
     _log.info("impl=auto runs a product in plain JAX: %s", reason)
 
 
-def _block_rows(x: Array, block_expert: BlockExpert) -> int | None:
-    return None if block_expert is None else x.shape[1]
+def _blocks(block_expert: Array | Few) -> int:
+    return block_expert.used.size if isinstance(block_expert, Few) else block_expert.size
 
 
-def _owners(x: Array, kernel: Kernel, block_expert: BlockExpert) -> hopper.Owners | None:
-    return None if block_expert is None else hopper.owners(block_expert, x.shape[1], kernel_shape(kernel)[0])
+def _height(rows: int, block_expert: BlockExpert) -> int | None:
+    """Rows of a block, where kernels work on whole tiles of them."""
+    return None if block_expert is None or isinstance(block_expert, Few) else rows
+
+
+def _owners(x: Array, kernel: Kernel, block_expert: BlockExpert) -> hopper.Owners | Few | None:
+    if block_expert is None or isinstance(block_expert, Few):
+        return block_expert
+    return hopper.owners(block_expert, x.shape[1], kernel_shape(kernel)[0])
 
 
 def _for_kernels(rows: Array, prepared: Prepared | None, role: Role) -> Prepared:
@@ -349,17 +362,17 @@ def _named[T](kept: T, name: str) -> T:
 def _fprop(x: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, role: Role) -> Array:
     if not recipe.fp8:
         assert not isinstance(kernel, Quantized), "kernels at rest are for FP8"
-        if block_expert is not None and _on_kernels(recipe, x, kernel.shape[1:], rows=x.shape[1]):
-            return hopper.grouped_bf16(_rows(x), kernel, hopper.owners(block_expert, x.shape[1], kernel.shape[0])).reshape(
-                *x.shape[:-1], -1
-            )
+        if block_expert is not None and _on_kernels(recipe, x, kernel.shape[1:], rows=_height(x.shape[1], block_expert)):
+            owned = _owners(x, kernel, block_expert)
+            assert owned is not None
+            return hopper.grouped_bf16(_rows(x), kernel, owned).reshape(*x.shape[:-1], -1)
         return jnp.matmul(x, _of_blocks(kernel.astype(x.dtype), block_expert))
     inputs = quantize(x, recipe.input_tile, E4M3, role.input_power_of_two)
     return quantized_matmul(inputs, _quantized_kernel(kernel, block_expert, recipe)).astype(x.dtype)
 
 
 def _gradients(
-    kept: Array | Quantized, kernel: Array, block_expert: BlockExpert, dy: Array, recipe: Recipe, role: Role
+    kept: Array | Quantized, kernel: Array, block_expert: Array | None, dy: Array, recipe: Recipe, role: Role
 ) -> tuple[Array, Array]:
     """Dgrad and Wgrad."""
     if isinstance(kept, Quantized):
@@ -382,7 +395,9 @@ def _rows(x: Array) -> Array:
 
 
 def _of_blocks(per_expert: Array, block_expert: BlockExpert) -> Array:
-    return per_expert if block_expert is None else per_expert.at[block_expert].get(mode="clip")  # blocks without an expert hold zeros
+    if block_expert is None or isinstance(block_expert, Few):
+        return per_expert
+    return per_expert.at[block_expert].get(mode="clip")  # blocks without an expert hold zeros
 
 
 def _quantized_kernel(kernel: Kernel, block_expert: BlockExpert, recipe: Recipe) -> Quantized:
@@ -390,7 +405,7 @@ def _quantized_kernel(kernel: Kernel, block_expert: BlockExpert, recipe: Recipe)
     return jax.tree.map(lambda part: _of_blocks(part, block_expert), quantized)
 
 
-def _sum_over_blocks(by_block: Array, kernel: Array, block_expert: BlockExpert) -> Array:
+def _sum_over_blocks(by_block: Array, kernel: Array, block_expert: Array | None) -> Array:
     """Adds each block's `x^T dy` to its expert, always in the same order; in the dtype of the kernel.
 
     On a GPU the sum is a product with the one-hot experts: XLA's scatter fails to compile at these sizes there.

@@ -119,7 +119,10 @@ def rows() -> list[Row]:
         shapes = ((e, m, k), f8), ((e, k // 128, 128), f32), ((e, n, k), f8), ((e, -(-n // 128), k // 128), f32)
         masked = lambda a, sa, b, sb: grouped_gemm.masked_gemm(a, sa, b, sb, used)  # noqa: E731
         question = {"kind": "masked", "groups": e, "m": m, "n": n, "k": k}
-        table.append(Row(f"masked {e} x {m},{n},{k}", masked, shapes, 2 * e * m * n * k, errors.first_expert, question=question))
+        size, flops = f"{e} x {m},{n},{k}", 2 * e * m * n * k
+        table.append(Row(f"masked {size}", masked, shapes, flops, errors.first_expert, question=question))
+        masked_half = lambda a, b: grouped_gemm.masked_gemm_bf16(a, b, used)  # noqa: E731
+        table.append(Row(f"masked bfloat16 {size}", masked_half, (((e, m, k), bf16), ((e, k, n), bf16)), flops, errors.first_lies))
     e, m, n, k = 4, 4096, 7168, 8192
     first = jnp.arange(e + 1, dtype=jnp.int32) * (k // 128)
     run = lambda a, sa, b, sb, *addend: grouped_gemm.grouped_wgrad(a, sa, b, sb, first, *addend)  # noqa: E731

@@ -39,6 +39,11 @@ def first_expert(out: Array, a: Array, a_scales: Array, b: Array, b_scales: Arra
     return blocks(out[0], a[0], a_scales[0], b[0], b_scales[0])
 
 
+def first_lies(out: Array, a: Array, b: Array) -> Array:
+    """Of a [e, m, k] by b [e, k, n], without scales."""
+    return _relative(out[0], a[0], b[0].T)
+
+
 def columns(
     out: Array, a: Array, a_scales: Array, b: Array, b_scales: Array, addend: Array | None = None, steps: int | None = None
 ) -> Array:

@@ -55,7 +55,7 @@ def multiply(
     multiplies in one piece of memory, and scales of single rows on both sides, `in_parts`.
     `index` of rows: the expert of each 128 rows, then how many of these have one (zeros follow); of masked: the rows in
     use of each expert; of contraction [e + 1]: the first 128 of k of each expert. In bfloat16 there are no scales,
-    operands of "contraction" are [k, m] and [k, n], and b of rows may be [e, k, n]. The product is added to `addend`, of
+    operands of "contraction" are [k, m] and [k, n], and b of rows, or masked, may be [e, k, n]. The product is added to `addend`, of
     its shape and type, in place; XLA copies an addend that is used elsewhere.
     """
     kernel = Kernel(product, config, a.shape, b.shape, n_groups, jnp.dtype(a.dtype).itemsize, addend is not None)

@@ -59,7 +59,7 @@ class Product:
     scales: Literal["block", "row", "none"] = "block"  # of b: per 128x128, per row and 128, or bfloat16 without scales
     groups: Groups = "none"
     out: str = "bfloat16"
-    weights_lie: bool = False  # b is [e, k, n], as weights are stored; of groups of rows, in bfloat16
+    weights_lie: bool = False  # b is [e, k, n], as weights are stored; of groups of rows and masked ones, in bfloat16
 
     @property
     def per_group(self) -> bool:

@@ -79,9 +79,19 @@ def grouped_gemm_bf16(
     _check_tiles(a, expert_of_tile)
     if not use_pallas(impl):
         return reference.grouped_gemm_bf16(a, b, expert_of_tile, contraction_first)
-    if contraction_first and b.shape[2] % 64:
-        raise NotImplementedError(f"b: {b.shape[2]} columns: the Hopper kernel takes multiples of 64; use impl='reference'")
+    if contraction_first:
+        _check_lying(b)
     return hopper.grouped_gemm_bf16(a, b, expert_of_tile, tiles_together, contraction_first)
+
+
+def masked_gemm_bf16(
+    a: BFloat16[Array, "e m k"], b: BFloat16[Array, "e k n"], rows: Int32[Array, " e"], impl: str = "auto"
+) -> BFloat16[Array, "e m n"]:
+    """`masked_gemm` of bfloat16 numbers, by weights as they are stored."""
+    if not use_pallas(impl):
+        return reference.masked_gemm_bf16(a, b, rows)
+    _check_lying(b)
+    return hopper.masked_gemm_bf16(a, b, rows)
 
 
 def grouped_wgrad_bf16(
@@ -100,6 +110,11 @@ def grouped_wgrad_bf16(
 def first_tiles(expert_of_tile: Int32[Array, " tiles"], n_experts: int) -> Int32[Array, " e_plus_1"]:
     """Where each expert's tiles start, and where the last one's end."""
     return jnp.searchsorted(expert_of_tile, jnp.arange(n_experts + 1), method="compare_all").astype(jnp.int32)
+
+
+def _check_lying(b: Array) -> None:
+    if b.shape[2] % 64:
+        raise NotImplementedError(f"b: {b.shape[2]} columns: the Hopper kernel takes multiples of 64; use impl='reference'")
 
 
 def _check_tiles(a: Array, expert_of_tile: Array) -> None:

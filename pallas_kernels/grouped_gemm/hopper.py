@@ -32,6 +32,11 @@ def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, til
     return run(product, (a, None, b, None, _with_count(expert_of_tile, b)), b.shape[0], tiles_together * GROUP)
 
 
+def masked_gemm_bf16(a: jax.Array, b: jax.Array, rows: jax.Array) -> jax.Array:
+    """See `pallas_kernels.grouped_gemm.masked_gemm_bf16`."""
+    return run(Product("none", "masked", weights_lie=True), (a, None, b, None, rows), b.shape[0])
+
+
 def grouped_wgrad_bf16(x: jax.Array, dy: jax.Array, first_tile: jax.Array) -> jax.Array:
     """See `pallas_kernels.grouped_gemm.grouped_wgrad_bf16`."""
     return run(Product("none", "contraction", "float32"), (x, None, dy, None, first_tile), first_tile.size - 1)

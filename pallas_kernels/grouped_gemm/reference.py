@@ -41,8 +41,11 @@ def grouped_wgrad(
 
 def masked_gemm(a: jax.Array, a_scales: jax.Array, b: jax.Array, b_scales: jax.Array, rows: jax.Array) -> jax.Array:
     """See `pallas_kernels.grouped_gemm.masked_gemm`."""
-    product = jax.lax.map(lambda args: gemm(*args), (a, a_scales, b, b_scales))
-    return jnp.where(jnp.arange(a.shape[1])[None, :, None] < rows[:, None, None], product, 0)
+    return _masked(jax.lax.map(lambda args: gemm(*args), (a, a_scales, b, b_scales)), rows)
+
+
+def _masked(product: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where(jnp.arange(product.shape[1])[None, :, None] < rows[:, None, None], product, 0)
 
 
 def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, contraction_first: bool) -> jax.Array:
@@ -55,6 +58,12 @@ def grouped_gemm_bf16(a: jax.Array, b: jax.Array, expert_of_tile: jax.Array, con
         return jnp.where(expert < b.shape[0], product, 0).astype(a.dtype)
 
     return jax.lax.map(tile, (a.reshape(-1, TILE, a.shape[1]), expert_of_tile)).reshape(a.shape[0], weights.shape[2])
+
+
+def masked_gemm_bf16(a: jax.Array, b: jax.Array, rows: jax.Array) -> jax.Array:
+    """See `pallas_kernels.grouped_gemm.masked_gemm_bf16`."""
+    product = jnp.matmul(a.astype(exact()), b.astype(exact()), preferred_element_type=jnp.float32)
+    return _masked(product.astype(a.dtype), rows)
 
 
 def grouped_wgrad_bf16(x: jax.Array, dy: jax.Array, first_tile: jax.Array) -> jax.Array:

@@ -24,11 +24,12 @@ WIDE = model(
 )
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("batch", [1, 8, 40])
-def test_generation_from_kernels_at_rest(batch):
-    """A prompt and a token after it in FP8: experts by the masked product, where masters, and the prompts of 40, go by the grouped one."""
+def test_generation_from_kernels_at_rest(batch, fp8):
+    """A prompt and a token after it: experts by the masked product, where masters, and the prompts of 40, go by the grouped one."""
     params, bias = parameters(WIDE)
-    tokens, execution = rows(WIDE, batch, 6), Execution("bfloat16", recipe=Recipe(fp8=True, impl="pallas"))
+    tokens, execution = rows(WIDE, batch, 6), Execution("bfloat16", recipe=Recipe(fp8=fp8, impl="pallas"))
 
     @jax.jit
     def states(params):

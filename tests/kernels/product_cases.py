@@ -178,3 +178,11 @@ class ProductCases:
         out = self.run("masked_gemm", values, scales, b.values, b.scales, jnp.asarray(used, jnp.int32))
         for expert, rows in enumerate(used):
             assert_near(out[expert, :rows], a[expert].full[:rows] @ b.full[expert].T, BF16_ERROR)
+
+    def test_masked_gemm_bf16(self):
+        rng = np.random.default_rng(9)
+        used, width = [0, 3, 70], self.wgrad_shape[1]
+        a, b = (jnp.asarray(rough(rng, 3, *shape), jnp.bfloat16) for shape in ((72, self.depth), (self.depth, width)))
+        out = self.run("masked_gemm_bf16", a, b, jnp.asarray(used, jnp.int32))
+        for expert, rows in enumerate(used):
+            assert_near(out[expert, :rows], np.float32(a[expert, :rows]) @ np.float32(b[expert]), BF16_ERROR)

@@ -80,6 +80,7 @@ PRODUCTS = [
     Product("row", "pieces", "float32"),
     Product("none", "rows"),
     Product("none", "rows", weights_lie=True),
+    Product("none", "masked", weights_lie=True),
     Product("none", "contraction", "float32"),
 ]
 

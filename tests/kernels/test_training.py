@@ -110,9 +110,10 @@ def test_routed_ffn(width):
     assert_same(both_ways(layer, (random(3, 150, width).astype(jnp.bfloat16), gates, up, down)), 1.5e-2)
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_routed_ffn_of_a_decoding_step(tokens, monkeypatch):
+@pytest.mark.parametrize(("tokens", "fp8"), [(1, True), (20, True), (20, False)])
+def test_routed_ffn_of_a_decoding_step(tokens, fp8, monkeypatch):
     """Kernels at rest, few tokens: a block for each expert, of which the third has none; against masters, in plain JAX."""
+    product = "masked_gemm" if fp8 else "masked_gemm_bf16"
     experts = jnp.stack([jnp.arange(tokens) % 2, jnp.full(tokens, 3)], 1).astype(jnp.int32)
     gates, x = jnp.abs(random(0, tokens, 2)), random(3, tokens, 192).astype(jnp.bfloat16)
     up, down = random(1, 4, 192, 2, 128) / 8, random(2, 4, 128, 192) / 8
@@ -121,13 +122,18 @@ def test_routed_ffn_of_a_decoding_step(tokens, monkeypatch):
         return expert_ffn(x, Routing(experts, gates, gates), up, down, 128, recipe)[0]
 
     def by_kernels(up, down):
-        recipe, called = Recipe(fp8=True, impl="pallas"), []
-        monkeypatch.setattr(hopper, "masked_gemm", lambda *a: called.append(a) or grouped_gemm.masked_gemm(*a))
-        out = layer(at_rest(up.reshape(4, 192, 256), recipe), at_rest(down, recipe), recipe)
+        recipe, called = Recipe(fp8=fp8, impl="pallas"), []
+        kernel = getattr(grouped_gemm, product)
+        monkeypatch.setattr(hopper, product, lambda *a: called.append(a) or kernel(*a))
+        if fp8:
+            up, down = at_rest(up.reshape(4, 192, 256), recipe), at_rest(down, recipe)
+        else:
+            up, down = up.astype(jnp.bfloat16), down.astype(jnp.bfloat16)
+        out = layer(up, down, recipe)
         assert len(called) == 2
         return out
 
-    results = jax.jit(by_kernels)(up, down), jax.jit(lambda *w: layer(*w, Recipe(fp8=True, impl="reference")))(up, down)
+    results = jax.jit(by_kernels)(up, down), jax.jit(lambda *w: layer(*w, Recipe(fp8=fp8, impl="reference")))(up, down)
     assert_same(([result] for result in results), 4e-3)
 
 

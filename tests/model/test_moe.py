@@ -60,8 +60,7 @@ def test_matches_one_expert_at_a_time(n, k, e, skew, rows):
 def test_plan_drops_nothing(n, k, e, rows, seed):
     experts = np.random.default_rng(seed).integers(0, e, (n, k))
     plan = plan_blocks(jnp.asarray(experts), e, rows)
-    assert plan.used is None
-    slot, pair, block_expert = (np.asarray(a) for a in plan[:3])
+    slot, pair, block_expert = (np.asarray(a) for a in plan)
     np.testing.assert_array_equal(np.sort(pair[slot.reshape(-1)]), np.arange(n * k))  # every pair has a row of its own
     assert (pair < n * k).sum() == n * k  # and all other rows are padding
     np.testing.assert_array_equal(block_expert[slot // rows], experts)
@@ -73,7 +72,7 @@ def test_plan_of_few_tokens_drops_nothing(n, k, e):
     rng = np.random.default_rng(0)
     experts = np.stack([rng.permutation(e)[:k] for _ in range(n)])
     plan = plan_few(jnp.asarray(experts), e)
-    slot, pair, used = (np.asarray(a) for a in (plan.slot, plan.pair, plan.used))
+    slot, pair, used = (np.asarray(a) for a in (plan.slot, plan.pair, plan.block_expert.used))
     rows = pair.size // e
     assert rows % 8 == 0 and n <= rows < n + 8
     np.testing.assert_array_equal(pair[slot.reshape(-1)], np.arange(n * k))
