@@ -39,7 +39,7 @@ from pallas_kernels.quantize import (
     swiglu_quantize,
 )
 
-NO_GRADIENTS = "rows of a decoding step have no gradients"
+NO_GRADIENTS = "rows of a decoding step have no gradients: its weights are at rest, and no float32 masters"
 _IMPL = "pallas"  # whoever calls this module has chosen
 
 
@@ -141,7 +141,8 @@ def ffn_gradients(
 ) -> tuple[Array, Array, Array | None, Array]:
     """Gradients of x, up, gates and down."""
     (inputs, hidden), (rows, owned) = kept, routed or (None, None)
-    assert not isinstance(owned, Few), NO_GRADIENTS
+    if isinstance(owned, Few):
+        raise NotImplementedError(NO_GRADIENTS)
     gradient, columns = _gradient_of_rows(dy, rows, roles[1].gradient_power_of_two)
     d_activated = _times_kernel_transposed(gradient, down, owned)
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two

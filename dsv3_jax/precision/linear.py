@@ -56,7 +56,7 @@ def linear(
     """`x @ kernel` in the dtype of x. Its gradients are Dgrad (dtype of x) and Wgrad (float32 sum). `prepared`: by `prepare`, of x."""
     rows = _rows(x)
     y = _product(rows, kernel, None, prepared, recipe, role)
-    return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], -1)
+    return _tapped(rows, kernel, None, recipe, role, y).reshape(*x.shape[:-1], kernel_shape(kernel)[1])
 
 
 def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared | None:
@@ -119,7 +119,7 @@ def swiglu_linear(
 ) -> Float[Array, "*b n"]:
     """`swiglu(hidden) @ kernel`; the backward pass keeps `hidden` (in FP8: quantized) and computes the activation again."""
     ones = jnp.ones((), hidden.dtype)
-    return _activated_product(_rows(hidden), ones, kernel, None, recipe, role).reshape(*hidden.shape[:-1], -1)
+    return _activated_product(_rows(hidden), ones, kernel, None, recipe, role).reshape(*hidden.shape[:-1], kernel_shape(kernel)[1])
 
 
 def grouped_swiglu_linear(
@@ -142,9 +142,9 @@ def ffn(
     prepared: Prepared | None = None,
 ) -> Float[Array, "*b n"]:
     """`swiglu(x @ up) @ down`, where a row of `x @ up` holds [gate, up]. `prepared`: by `prepare`, of x, for the first of `roles`."""
-    width, _ = down_shape = kernel_shape(down)
-    if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up), *down_shape), width):
-        return _fused_ffn(_rows(x), prepared, _Weights(up, None, down), None, roles).reshape(*x.shape[:-1], -1)
+    width, n = kernel_shape(down)
+    if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up), width, n), width):
+        return _fused_ffn(_rows(x), prepared, _Weights(up, None, down), None, roles).reshape(*x.shape[:-1], n)
     y = swiglu_linear(linear(x, up, recipe, roles[0], prepared), down, recipe, roles[1])
     return _rounded_gradient(y) if roles[1].gradient_power_of_two and recipe.sends_gradients else y
 
@@ -212,7 +212,8 @@ def _product_fwd(
 
 def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None, None]:
     kept, kernel, block_expert = residual
-    assert not isinstance(block_expert, Few), hopper.NO_GRADIENTS
+    if isinstance(block_expert, Few):
+        raise NotImplementedError(hopper.NO_GRADIENTS)
     if isinstance(kept, hopper.Kept):
         owned = None if block_expert is None else hopper.owners(block_expert, dy.shape[1], kernel.shape[0])
         dx, d_kernel = hopper.gradients(kept, kernel, owned, _rows(dy), role)
@@ -256,7 +257,8 @@ def _activated(hidden: Array, gates: Array, recipe: Recipe) -> Array:
 
 def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
     kept, gates, kernel, block_expert = residual
-    assert not isinstance(block_expert, Few), hopper.NO_GRADIENTS
+    if isinstance(block_expert, Few):
+        raise NotImplementedError(hopper.NO_GRADIENTS)
     hidden = dequantize(kept) if recipe.fp8 else kept
     activated, gradient_of_activation = jax.vjp(lambda h, g: _activated(h, g, recipe), hidden, gates)
     again = _kept(activated, recipe, role) if recipe.fp8 else activated

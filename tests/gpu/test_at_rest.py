@@ -11,17 +11,8 @@ from tests.kernels.product_cases import assert_near
 from tests.small import model, parameters, rows
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
-WIDE = model(
-    hidden_size=256,
-    intermediate_size=384,
-    moe_intermediate_size=128,
-    q_lora_rank=128,
-    kv_lora_rank=128,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    initializer_range=0.05,
-)
+WIDTHS = dict.fromkeys(("moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 128)
+WIDE = model(hidden_size=256, intermediate_size=384, qk_rope_head_dim=64, initializer_range=0.05, **WIDTHS)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

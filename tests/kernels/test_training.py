@@ -137,6 +137,13 @@ def test_routed_ffn_of_a_decoding_step(tokens, fp8, monkeypatch):
     assert_same(([result] for result in results), 4e-3)
 
 
+def test_a_decoding_step_has_no_gradients():
+    experts, gates, x = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1)), jnp.ones((3, 64), jnp.bfloat16)
+    up, down = jnp.ones((2, 64, 2, 128), jnp.bfloat16), jnp.ones((2, 128, 64), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="no float32 masters"):
+        jax.grad(lambda up: expert_ffn(x, Routing(experts, gates, gates), up, down, 128, Recipe(impl="pallas"))[0].sum())(up)
+
+
 def test_kernels_at_rest_give_the_same_numbers():
     x, up, down = random(0, 50, 64).astype(jnp.bfloat16), random(1, 64, 256) / 8, random(2, 128, 192) / 8
     recipe = Recipe(fp8=True, impl="pallas")
