@@ -12,10 +12,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.cache import Cache, in_rows, init_cache
 from dsv3_jax.inference.sampling import Sampling, sample
-from dsv3_jax.model.layers import rms_norm
+from dsv3_jax.model.layers import joined, rms_norm
 from dsv3_jax.model.mla import KvUp, Store, contiguous
 from dsv3_jax.model.transformer import Block, Execution, Params, RouterBias, embed, logits, unrolled
-from dsv3_jax.precision.linear import at_rest as kernel_at_rest
+from dsv3_jax.precision.quantize import at_rest as kernel_at_rest
 
 
 def forward_cached(
@@ -137,8 +137,7 @@ def at_rest(params: Params, execution: Execution) -> Params:
         cast = leaf.astype(execution.dtype)
         if not recipe.fp8 or name not in QUANTIZED or module == "eh_proj":
             return cast
-        of_one_product = leaf.reshape(*leaf.shape[:-2], -1) if name == "gate_up_proj" else leaf
-        quantized = kernel_at_rest(of_one_product, recipe)
+        quantized = kernel_at_rest(joined(leaf) if name == "gate_up_proj" else leaf, recipe.weight_tile)
         return KvUp(quantized, cast) if name == "kv_b_proj" else quantized
 
     return jax.tree_util.tree_map_with_path(one, params)

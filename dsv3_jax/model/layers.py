@@ -1,6 +1,7 @@
 """Small layers: RMSNorm, rotary positions with linear and YaRN scaling, SwiGLU, and the Linen modules that own their parameters."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision.linear import Prepared, Roles, ffn, linear
 from dsv3_jax.precision.policy import BF16, LINEAR, Recipe, Role
-from dsv3_jax.precision.quantize import Kernel, Quantized
+from dsv3_jax.precision.quantize import Quantized
 
 
 def rms_norm(x: Float[Array, "*b d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*b d"]:
@@ -79,14 +80,14 @@ def rope(x: Float[Array, "b t h r"], positions: Int[Array, "b t"], config: Model
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-def kernel_param(module: nn.Module, name: str, std: float, shape: tuple[int, ...]) -> Kernel:
-    """A module's parameter for `precision.linear`, or what there is in its place at rest (`precision.linear.at_rest`)."""
-    if module.has_variable("params", name) and isinstance(resting := module.get_variable("params", name), Quantized):
+def kernel_param(module: nn.Module, name: str, std: float, shape: tuple[int, ...], at_rest: type = Quantized) -> Any:
+    """A module's parameter for `precision.linear`, or what there is in its place at rest (`inference.decode.at_rest`), of that type."""
+    if module.has_variable("params", name) and isinstance(resting := module.get_variable("params", name), at_rest):
         return resting
     return module.param(name, nn.initializers.normal(std), shape, jnp.float32)
 
 
-def joined(gate_up: Kernel) -> Kernel:
+def joined(gate_up: Any) -> Any:
     """Gate and up [..., d, 2, f] as the kernel of one product, [..., d, 2f], as which they are at rest."""
     return gate_up if isinstance(gate_up, Quantized) else gate_up.reshape(*gate_up.shape[:-2], -1)
 

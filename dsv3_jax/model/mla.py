@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.attention import Attended, attend
-from dsv3_jax.model.layers import Linear, RMSNorm, rope, softmax_scale
+from dsv3_jax.model.layers import Linear, RMSNorm, kernel_param, rope, softmax_scale
 from dsv3_jax.parallel.heads import Heads
-from dsv3_jax.precision.linear import Prepared, kernel_shape, linear
+from dsv3_jax.precision.linear import Prepared, linear
 from dsv3_jax.precision.policy import AFTER_ATTENTION, BF16, Recipe
-from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized
+from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized, kernel_shape
 from pallas_kernels.mla_decode import mla_decode
 
 # The public model normalises latents with the default eps of its RMSNorm class, not with rms_norm_eps.
@@ -174,7 +174,9 @@ class MLA(nn.Module):
             self.q_b_proj = Linear(heads * c.qk_head_dim, std, self.recipe)
         self.kv_a_proj_with_mqa = Linear(c.kv_lora_rank + c.qk_rope_head_dim, std, self.recipe)
         self.kv_a_layernorm = RMSNorm(LATENT_NORM_EPS)
-        self.kv_up = self._kv_up()
+        up_shape = (c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        up = kernel_param(self, "kv_b_proj", std, up_shape, KvUp)
+        self.kv_up = up if isinstance(up, KvUp) else KvUp(up, up)
         self.o_proj = Linear(c.hidden_size, std, self.recipe, AFTER_ATTENTION)
 
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Array:
@@ -219,14 +221,6 @@ class MLA(nn.Module):
         compressed = self._of_group(checkpoint_name(self.kv_a_proj_with_mqa(x), "kv_latent"))
         c_kv, k_r = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latent(self.kv_a_layernorm(c_kv), rope(k_r[:, :, None], positions, self.config)[:, :, 0])
-
-    def _kv_up(self) -> KvUp:
-        c = self.config
-        if self.has_variable("params", "kv_b_proj") and isinstance(resting := self.get_variable("params", "kv_b_proj"), KvUp):
-            return resting
-        shape = (c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim))
-        kernel = self.param("kv_b_proj", nn.initializers.normal(c.initializer_range), shape, jnp.float32)
-        return KvUp(kernel, kernel)
 
     def _project(self, out: Array, prepared: Prepared | None = None) -> Array:
         projected = self.o_proj(out.reshape(*out.shape[:2], -1), prepared)

@@ -19,9 +19,9 @@ from dsv3_jax.model.layers import SwiGLU, joined, kernel_param
 from dsv3_jax.model.router import Routing, balance_loss, picked_counts, route
 from dsv3_jax.parallel.expert import ALONE, Placement, arriving_pairs, combine_tokens, dispatch_tokens
 from dsv3_jax.precision.hopper import Few
-from dsv3_jax.precision.linear import Prepared, is_at_rest, kernel_shape, prepare, routed_ffn
+from dsv3_jax.precision.linear import Prepared, prepare, routed_ffn
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, Recipe
-from dsv3_jax.precision.quantize import BLOCK, Quantized
+from dsv3_jax.precision.quantize import BLOCK, Quantized, is_at_rest, kernel_shape
 from dsv3_jax.precision.rows import Rows
 from pallas_kernels.backend import is_hopper, platform, use_pallas
 

@@ -6,7 +6,7 @@ kernel each. Weights are quantized again in the backward pass instead of being k
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,11 @@ class Few(NamedTuple):
 
     used: Int32[Array, " e"]
 
+    @property
+    def size(self) -> int:
+        """Blocks, as of the array that says whose they are elsewhere."""
+        return self.used.size
+
 
 Routed = tuple[Rows, Owners | Few]
 
@@ -85,9 +90,17 @@ def unsupported(recipe: Recipe, dtype: Any, widths: tuple[int, ...], ffn_width: 
     return None
 
 
+@overload
+def owners(block_expert: Array, rows: int, n_experts: int) -> Owners: ...
+@overload
+def owners(block_expert: Array | Few, rows: int, n_experts: int) -> Owners | Few: ...
+
+
 @jax.named_scope("dispatch")
-def owners(block_expert: Int[Array, " blocks"], rows: int, n_experts: int) -> Owners:
+def owners(block_expert: Int[Array, " blocks"] | Few, rows: int, n_experts: int) -> Owners | Few:
     """From the expert of each block of rows; `n_experts` marks blocks that nobody owns."""
+    if isinstance(block_expert, Few):
+        return block_expert
     together = rows // TILE
     tiles = jnp.repeat(block_expert.astype(jnp.int32), together)
     return Owners(tiles, first_tiles(tiles, n_experts), together)
@@ -110,11 +123,19 @@ def fprop(x: Kept, kernel: Kernel, owned: Owners | Few | None) -> Float[Array, "
     return _product(x, transposed, scales, owned)
 
 
-def gradients(kept: Kept, kernel: Array, owned: Owners | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:
+def gradients(kept: Kept, kernel: Array, owned: Owners | Few | None, dy: Float[Array, "m n"], role: Role) -> tuple[Array, Array]:
     """Dgrad and Wgrad."""
+    owned = _with_gradients(owned)
     values, scales, *columns = quantize_both(dy, role.gradient_power_of_two, "right", _IMPL)
     dx = _times_kernel_transposed(Kept(values, scales), kernel, owned)
     return dx, _wgrad(retile(*kept, role.wgrad_power_of_two, "left", _IMPL), columns, owned)
+
+
+def _with_gradients(owned: Owners | Few | None) -> Owners | None:
+    """The same, unless rows have no gradients."""
+    if isinstance(owned, Few):
+        raise NotImplementedError(NO_GRADIENTS)
+    return owned
 
 
 def ffn(
@@ -141,8 +162,7 @@ def ffn_gradients(
 ) -> tuple[Array, Array, Array | None, Array]:
     """Gradients of x, up, gates and down."""
     (inputs, hidden), (rows, owned) = kept, routed or (None, None)
-    if isinstance(owned, Few):
-        raise NotImplementedError(NO_GRADIENTS)
+    owned = _with_gradients(owned)
     gradient, columns = _gradient_of_rows(dy, rows, roles[1].gradient_power_of_two)
     d_activated = _times_kernel_transposed(gradient, down, owned)
     powers = roles[0].gradient_power_of_two, roles[1].wgrad_power_of_two

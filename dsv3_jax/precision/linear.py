@@ -29,7 +29,7 @@ from dsv3_jax.precision.formats import E4M3
 from dsv3_jax.precision.hopper import Few
 from dsv3_jax.precision.matmul import quantized_matmul
 from dsv3_jax.precision.policy import BF16, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe, Role
-from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized, dequantize, quantize, retile
+from dsv3_jax.precision.quantize import BLOCK, Kernel, Quantized, dequantize, kernel_shape, quantize, retile
 from dsv3_jax.precision.rows import Rows, combine, dispatch
 from pallas_kernels.backend import platform, use_pallas
 
@@ -68,21 +68,6 @@ def prepare(x: Float[Array, "*b k"], recipe: Recipe, role: Role) -> Prepared | N
     if _on_kernels(recipe, x, x.shape[-1:]):
         return _for_kernels(rows, None, role)
     return Prepared(None, _named(_kept(rows, recipe, role), role.name))
-
-
-def at_rest(kernel: Float[Array, "*b k n"], recipe: Recipe) -> Quantized:
-    """A kernel for FP8, quantized once instead of in every product, and turned as Fprop reads it, [n, k]. It has no gradients."""
-    return quantize(kernel, recipe.weight_tile).transpose()
-
-
-def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
-    """[..., k, n]."""
-    return kernel.values.mT.shape if isinstance(kernel, Quantized) else kernel.shape
-
-
-def is_at_rest(kernel: Kernel) -> bool:
-    """Whether nothing can be trained: masters are float32."""
-    return isinstance(kernel, Quantized) or kernel.dtype != jnp.float32
 
 
 def restored(kept: Quantized | hopper.Kept, dtype: str) -> Float[Array, "m k"]:
@@ -164,7 +149,7 @@ def routed_ffn(
     By the kernels for FP8, a token is quantized once and its rows are copies in one byte a number, in both directions. `prepared`: by
     `prepare`, of x, for EXPERT_UP.
     """
-    height = gates.size // _blocks(block_expert)
+    height = gates.size // block_expert.size
     _, width, _ = down_shape = kernel_shape(down)
     if recipe.fp8 and _on_kernels(recipe, x, (*kernel_shape(up)[1:], *down_shape[1:]), width, _height(height, block_expert)):
         weights = _Weights(up, gates.astype(jnp.float32), down)
@@ -212,11 +197,8 @@ def _product_fwd(
 
 def _product_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, None, None]:
     kept, kernel, block_expert = residual
-    if isinstance(block_expert, Few):
-        raise NotImplementedError(hopper.NO_GRADIENTS)
     if isinstance(kept, hopper.Kept):
-        owned = None if block_expert is None else hopper.owners(block_expert, dy.shape[1], kernel.shape[0])
-        dx, d_kernel = hopper.gradients(kept, kernel, owned, _rows(dy), role)
+        dx, d_kernel = hopper.gradients(kept, kernel, _owners(dy, kernel, block_expert), _rows(dy), role)
         return dx.reshape(*dy.shape[:-1], -1), d_kernel, None, None
     return (*_gradients(kept, kernel, block_expert, dy, recipe, role), None, None)
 
@@ -257,8 +239,6 @@ def _activated(hidden: Array, gates: Array, recipe: Recipe) -> Array:
 
 def _swiglu_bwd(recipe: Recipe, role: Role, residual: tuple, dy: Array) -> tuple[Array, Array, Array, None]:
     kept, gates, kernel, block_expert = residual
-    if isinstance(block_expert, Few):
-        raise NotImplementedError(hopper.NO_GRADIENTS)
     hidden = dequantize(kept) if recipe.fp8 else kept
     activated, gradient_of_activation = jax.vjp(lambda h, g: _activated(h, g, recipe), hidden, gates)
     again = _kept(activated, recipe, role) if recipe.fp8 else activated
@@ -303,8 +283,6 @@ def _routed(placed: _Placed, weights: _Weights) -> hopper.Routed | None:
     if placed is None:
         return None
     rows, block_expert = placed
-    if isinstance(block_expert, Few):
-        return rows, block_expert
     return rows, hopper.owners(block_expert, rows.source.size // block_expert.size, kernel_shape(weights.up)[0])
 
 
@@ -329,19 +307,13 @@ def _log_reference(reason: str) -> None:
     _log.info("impl=auto runs a product in plain JAX: %s", reason)
 
 
-def _blocks(block_expert: Array | Few) -> int:
-    return block_expert.used.size if isinstance(block_expert, Few) else block_expert.size
-
-
 def _height(rows: int, block_expert: BlockExpert) -> int | None:
     """Rows of a block, where kernels work on whole tiles of them."""
     return None if block_expert is None or isinstance(block_expert, Few) else rows
 
 
 def _owners(x: Array, kernel: Kernel, block_expert: BlockExpert) -> hopper.Owners | Few | None:
-    if block_expert is None or isinstance(block_expert, Few):
-        return block_expert
-    return hopper.owners(block_expert, x.shape[1], kernel_shape(kernel)[0])
+    return None if block_expert is None else hopper.owners(block_expert, x.shape[1], kernel_shape(kernel)[0])
 
 
 def _for_kernels(rows: Array, prepared: Prepared | None, role: Role) -> Prepared:
@@ -365,8 +337,7 @@ def _fprop(x: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, 
     if not recipe.fp8:
         assert not isinstance(kernel, Quantized), "kernels at rest are for FP8"
         if block_expert is not None and _on_kernels(recipe, x, kernel.shape[1:], rows=_height(x.shape[1], block_expert)):
-            owned = _owners(x, kernel, block_expert)
-            assert owned is not None
+            owned = hopper.owners(block_expert, x.shape[1], kernel.shape[0])
             return hopper.grouped_bf16(_rows(x), kernel, owned).reshape(*x.shape[:-1], -1)
         return jnp.matmul(x, _of_blocks(kernel.astype(x.dtype), block_expert))
     inputs = quantize(x, recipe.input_tile, E4M3, role.input_power_of_two)
@@ -374,9 +345,11 @@ def _fprop(x: Array, kernel: Kernel, block_expert: BlockExpert, recipe: Recipe, 
 
 
 def _gradients(
-    kept: Array | Quantized, kernel: Array, block_expert: Array | None, dy: Array, recipe: Recipe, role: Role
+    kept: Array | Quantized, kernel: Array, block_expert: BlockExpert, dy: Array, recipe: Recipe, role: Role
 ) -> tuple[Array, Array]:
     """Dgrad and Wgrad."""
+    if isinstance(block_expert, Few):
+        raise NotImplementedError(hopper.NO_GRADIENTS)
     if isinstance(kept, Quantized):
         gradient = quantize(dy, recipe.gradient_tile, E4M3, role.gradient_power_of_two)
         dx = quantized_matmul(gradient, _quantized_kernel(kernel, block_expert, recipe).transpose()).astype(dy.dtype)

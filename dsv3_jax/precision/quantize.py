@@ -34,7 +34,7 @@ class Quantized:
         return Quantized(self.values.mT, self.scales.mT, self.tile[::-1])
 
 
-Kernel = Array | Quantized  # weights of a linear layer: the master, or what `precision.linear.at_rest` makes of it
+Kernel = Array | Quantized  # weights of a linear layer: the master, or what `at_rest` makes of it
 
 
 def quantize(x: Float[Array, "*b m n"], tile: Tile, format: Format = E4M3, power_of_two: bool = False) -> Quantized:
@@ -61,6 +61,21 @@ def dequantize(q: Quantized, dtype: str = "float32") -> Float[Array, "*b m n"]:
 def retile(q: Quantized, tile: Tile, format: Format = E4M3, power_of_two: bool = False) -> Quantized:
     """The same tensor in other tiles: dequantize, quantize. For Wgrad, 1x128 becomes 128x1 (V3 sec. 3.3.2)."""
     return quantize(dequantize(q), tile, format, power_of_two)
+
+
+def at_rest(kernel: Float[Array, "*b k n"], tile: Tile) -> Quantized:
+    """A kernel for FP8, quantized once instead of in every product, and turned as Fprop reads it, [n, k]. It has no gradients."""
+    return quantize(kernel, tile).transpose()
+
+
+def is_at_rest(kernel: Kernel) -> bool:
+    """Whether nothing can be trained: masters are float32."""
+    return isinstance(kernel, Quantized) or kernel.dtype != jnp.float32
+
+
+def kernel_shape(kernel: Kernel) -> tuple[int, ...]:
+    """[..., k, n]."""
+    return kernel.values.mT.shape if isinstance(kernel, Quantized) else kernel.shape
 
 
 def scales_along(q: Quantized, start: int, axis: int) -> Float[Array, "*b m n"]:

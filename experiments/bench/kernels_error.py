@@ -41,7 +41,7 @@ def first_expert(out: Array, a: Array, a_scales: Array, b: Array, b_scales: Arra
 
 def first_lies(out: Array, a: Array, b: Array) -> Array:
     """Of a [e, m, k] by b [e, k, n], without scales."""
-    return _relative(out[0], a[0], b[0].T)
+    return weights_lie(out[0], a[0], b)
 
 
 def columns(

@@ -10,8 +10,9 @@ from dsv3_jax.model.moe import MoE, expert_ffn
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.expert import pack, unpack
 from dsv3_jax.precision import hopper
-from dsv3_jax.precision.linear import at_rest, ffn, grouped_linear, linear, prepare, restored
+from dsv3_jax.precision.linear import ffn, grouped_linear, linear, prepare, restored
 from dsv3_jax.precision.policy import AFTER_ATTENTION, EXPERT_DOWN, EXPERT_UP, LINEAR, Recipe
+from dsv3_jax.precision.quantize import at_rest
 from pallas_kernels import gemm, grouped_gemm, quantize
 from pallas_kernels.quantize.reference import dequantize_rows
 from tests.kernels import interpreter  # noqa: F401, makes it quicker
@@ -126,7 +127,7 @@ def test_routed_ffn_of_a_decoding_step(tokens, fp8, monkeypatch):
         kernel = getattr(grouped_gemm, product)
         monkeypatch.setattr(hopper, product, lambda *a: called.append(a) or kernel(*a))
         if fp8:
-            up, down = at_rest(up.reshape(4, 192, 256), recipe), at_rest(down, recipe)
+            up, down = at_rest(up.reshape(4, 192, 256), recipe.weight_tile), at_rest(down, recipe.weight_tile)
         else:
             up, down = up.astype(jnp.bfloat16), down.astype(jnp.bfloat16)
         out = layer(up, down, recipe)
@@ -137,18 +138,19 @@ def test_routed_ffn_of_a_decoding_step(tokens, fp8, monkeypatch):
     assert_same(([result] for result in results), 4e-3)
 
 
-def test_a_decoding_step_has_no_gradients():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_decoding_step_has_no_gradients(fp8):
     experts, gates, x = jnp.zeros((3, 1), jnp.int32), jnp.ones((3, 1)), jnp.ones((3, 64), jnp.bfloat16)
     up, down = jnp.ones((2, 64, 2, 128), jnp.bfloat16), jnp.ones((2, 128, 64), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="no float32 masters"):
-        jax.grad(lambda up: expert_ffn(x, Routing(experts, gates, gates), up, down, 128, Recipe(impl="pallas"))[0].sum())(up)
+        jax.grad(lambda up: expert_ffn(x, Routing(experts, gates, gates), up, down, 128, Recipe(fp8, impl="pallas"))[0].sum())(up)
 
 
 def test_kernels_at_rest_give_the_same_numbers():
     x, up, down = random(0, 50, 64).astype(jnp.bfloat16), random(1, 64, 256) / 8, random(2, 128, 192) / 8
     recipe = Recipe(fp8=True, impl="pallas")
     run = jax.jit(lambda up, down: (ffn(x, up, down, recipe), linear(x, up, recipe)))
-    for out, rested in zip(run(up, down), run(at_rest(up, recipe), at_rest(down, recipe)), strict=True):
+    for out, rested in zip(run(up, down), run(at_rest(up, recipe.weight_tile), at_rest(down, recipe.weight_tile)), strict=True):
         np.testing.assert_array_equal(np.float32(out), np.float32(rested))
 
 
